@@ -1,0 +1,79 @@
+# Needs Python >= 3.11 and make; everything else goes into .venv on first use.
+PYTHON ?= python3
+OUT ?= runs/demo
+SEED ?= 0
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SCRIPTS := $(wildcard *.py)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test check integration cluster e2e proof clean \
+	lint types layers doctest unit
+
+help: ## print this list
+	@echo "lifelong_ray: make <target>"
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
+
+install: $(INSTALLED) ## make .venv with the tested versions
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python >= 3.11 is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+	       "name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "installing into $(VENV) (some minutes and 6 GB the first time)"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## the whole loop on real images: OUT=runs/demo SEED=0 [DATA=source]
+	$(BIN)/lifelong demo --out $(OUT) --seed $(SEED) $(if $(DATA),--data $(DATA))
+
+# Serve reads these two when it starts, so they cannot come from the application.
+serve: $(INSTALLED) ## the HTTP application on this machine: [ARGS="config=conf/local.yaml"]
+	RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
+	  $(BIN)/serve run serve_app:app $(ARGS)
+
+test: $(INSTALLED) ## everything that must pass before a change goes in
+	@$(MAKE) --no-print-directory check
+	@$(MAKE) --no-print-directory integration
+	@$(MAKE) --no-print-directory cluster
+	@$(MAKE) --no-print-directory e2e
+
+check: $(INSTALLED) ## the fast part: ruff, mypy, import-linter, doctests, unit tests
+	@$(MAKE) --no-print-directory -k -j2 --output-sync=target unit types doctest lint layers
+
+integration: $(INSTALLED) ## real files and a real S3 server, no Ray
+	$(PYTEST) tests/integration
+
+cluster: $(INSTALLED) ## a real Ray on this machine
+	$(PYTEST) tests/cluster
+
+e2e: $(INSTALLED) ## the whole loop, from the outside
+	$(PYTEST) tests/e2e
+
+proof: $(INSTALLED) ## the long forms of statistical claims (many minutes)
+	$(PYTEST) -m proof --timeout=7200
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy lifelong_ray $(SCRIPTS)
+
+layers: $(INSTALLED)
+	$(BIN)/lint-imports --no-logo
+
+doctest: $(INSTALLED)
+	$(PYTEST) --doctest-modules -p no:cacheprovider lifelong_ray
+
+unit: $(INSTALLED)
+	$(PYTEST) tests/unit
+
+clean: ## remove caches and build outputs; .venv and runs stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,437 @@
+"""Every setting of the system, in one frozen tree.
+
+Read from one YAML file and from ``section.key=value`` overrides; addresses and
+secrets may come from the environment. Components receive their own branch only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lifelong_ray.types import ConfigError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveSeconds = Annotated[float, Field(gt=0)]
+
+
+class _Branch(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoreConfig(_Branch):
+    """Where versions, log and runs live."""
+
+    url: str = Field(
+        "~/.lifelong_ray/store",
+        description="A folder, or s3://bucket/prefix. LIFELONG_STORE_URL overrides it.",
+    )
+    endpoint_url: str = Field(
+        "",
+        description="S3 endpoint; empty means AWS. LIFELONG_S3_ENDPOINT_URL overrides it.",
+    )
+
+
+class DataConfig(_Branch):
+    """The labelled images a base training starts from."""
+
+    source: str = Field(
+        "digits",
+        description="digits, a torchvision data set by name (torchvision:FashionMNIST), "
+        "an .npz with x_train/y_train/x_test/y_test, or a folder with one folder per class.",
+    )
+    folder: str = Field("data", description="Where torchvision data sets lie; never downloaded.")
+    classes: tuple[str, ...] = Field((), description="Class names to use; empty means all.")
+    fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Share of the examples to use: 0.1 is a dry run on a tenth."
+    )
+
+
+class ImageConfig(_Branch):
+    """Limits on what a stranger may send."""
+
+    max_bytes: int = Field(10_000_000, gt=0, description="Largest request body, bytes.")
+    max_pixels: int = Field(
+        16_000_000, gt=0, description="Largest width times height, read before decoding."
+    )
+    formats: tuple[str, ...] = Field(
+        ("PNG", "JPEG", "WEBP", "BMP"), description="Pillow formats that are decoded at all."
+    )
+
+
+class ModelConfig(_Branch):
+    """Architecture of a base training; updates inherit their parent's."""
+
+    name: Literal["convnet", "mlp"] = Field("convnet", description="Backbone.")
+    widths: tuple[int, ...] = Field(
+        (32, 64, 128), description="Channels per stage (convnet) or units per layer (mlp)."
+    )
+    pool_size: int = Field(
+        2,
+        gt=0,
+        description="Side of the grid that the last convnet stage is averaged to; 1 is global "
+        "average pooling, which forgets where things are.",
+    )
+    image_size: int = Field(16, gt=3, description="Model input height and width, pixels.")
+    channels: Literal[1, 3] = Field(1, description="1 grey, 3 colour.")
+
+
+class TrainerConfig(_Branch):
+    """One gradient training."""
+
+    epochs: int = Field(30, gt=0, description="Passes over the training examples.")
+    batch_size: int = Field(64, gt=0, description="Examples per step over all workers.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak of the one-cycle schedule.")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW's; 0 turns it off.")
+    max_shift_px: int = Field(
+        2, ge=0, description="Random shift of training images, pixels; 0 turns it off."
+    )
+    num_shards: int = Field(
+        2,
+        gt=0,
+        description="Logical shards of every batch. Workers share them out, so that the "
+        "number of workers does not change the result.",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Arithmetic of the forward pass."
+    )
+
+
+class EwcConfig(_Branch):
+    """Elastic weight consolidation."""
+
+    lambda_ewc: float = Field(10.0, ge=0, description="Penalty weight; 0 turns EWC off.")
+    estimator: Literal["exact", "sampled", "empirical"] = Field(
+        "exact", description="Label of the Fisher: expectation, one draw, or the true label."
+    )
+    num_fisher_examples: int = Field(
+        500, gt=0, description="Examples of a base training that estimate importance."
+    )
+    num_update_fisher_examples: int = Field(
+        50, gt=0, description="New examples of an update that renew the estimate."
+    )
+
+
+class DistillationConfig(_Branch):
+    """Learning without forgetting: the parent's answers as soft targets."""
+
+    weight: float = Field(0.5, ge=0, description="Loss weight; 0 turns distillation off.")
+    temperature: float = Field(1.0, gt=0, description="Softening of both distributions.")
+
+
+class ReplayConfig(_Branch):
+    """Remembered examples."""
+
+    memory_per_class: int = Field(20, ge=0, description="Images kept per class; 0 keeps none.")
+    share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.15,
+        description="Least share of every update batch that comes from memory; 0 replays none.",
+    )
+
+
+class AnalyticConfig(_Branch):
+    """The fast path: ridge regression on a random ReLU projection of frozen features."""
+
+    num_features: int = Field(1_000, gt=0, description="Width of the random projection.")
+    ridge: float = Field(1.0, gt=0, description="Regularisation added to the Gram matrix.")
+
+
+class UpdateConfig(_Branch):
+    """One incremental update: the fast path always, the slow path when it pays."""
+
+    paths: Literal["both", "fast", "slow", "default"] = Field(
+        "default",
+        description="default runs fast, and slow where fast falls short of `good_enough_accuracy`.",
+    )
+    good_enough_accuracy: Share = Field(
+        0.97, description="Validation accuracy of the fast path at which the slow one is not run."
+    )
+    min_new_examples: int = Field(20, gt=0, description="Fewer new examples make no update.")
+    validation_share: Share = Field(
+        0.2, description="Share of the new examples that chooses between the paths."
+    )
+    frozen_stages: int = Field(1, ge=0, description="Backbone stages the slow path leaves alone.")
+    trainer: TrainerConfig = TrainerConfig(
+        epochs=3, batch_size=32, learning_rate=4e-3, max_shift_px=0
+    )
+    ewc: EwcConfig = EwcConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    replay: ReplayConfig = ReplayConfig()
+
+
+class LearningConfig(_Branch):
+    """How models are trained."""
+
+    seed: int = Field(0, ge=0, description="Decides every random choice of a run.")
+    base: TrainerConfig = TrainerConfig()
+    analytic: AnalyticConfig = AnalyticConfig()
+    update: UpdateConfig = UpdateConfig()
+
+
+class FeedbackConfig(_Branch):
+    """The log of predictions and corrections."""
+
+    audit_share: Share = Field(
+        0.05, description="Share of answers, drawn at random, for which a label is asked."
+    )
+    flush_interval_s: PositiveSeconds = Field(
+        1.0, description="Predictions younger than this may be lost when a process is killed."
+    )
+    flush_rows: int = Field(2_000, gt=0, description="Rows that trigger a flush before its time.")
+    group_commit_s: PositiveSeconds = Field(
+        0.05, description="Feedback waits this long for company before it is made durable."
+    )
+    max_queue_bytes: int = Field(
+        64_000_000, gt=0, description="Unflushed predictions beyond this are dropped and counted."
+    )
+    holdout_share: Share = Field(
+        0.2, description="Share of the trusted labels, by content hash, that is never trained on."
+    )
+    votes_needed: int = Field(
+        1, gt=0, description="Users who must agree on a label before it may be trained on."
+    )
+    max_votes_per_user: int = Field(
+        10_000, gt=0, description="Feedback rows of one user that one update may use."
+    )
+
+
+class DriftConfig(_Branch):
+    """When the traffic is said to have changed."""
+
+    window_rows: int = Field(300, gt=10, description="Latest predictions that are tested.")
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.001, description="False alarm share of one test over all classes (Bonferroni)."
+    )
+    min_effect: Share = Field(
+        0.15, description="Least Kolmogorov-Smirnov distance that counts as drift."
+    )
+
+
+class GateConfig(_Branch):
+    """What a version must prove before it may become a candidate."""
+
+    min_retention: Share = Field(
+        0.95, description="Least share of the parent's hold-out accuracy on old classes kept."
+    )
+    min_retention_within_old: Share = Field(
+        0.95, description="The same with only old classes competing."
+    )
+    min_new_accuracy: Share = Field(0.7, description="Least accuracy on the new classes.")
+    min_class_accuracy: Share = Field(0.3, description="Least accuracy of any class.")
+    max_negative_flips: Share = Field(
+        0.1, description="Largest share of answers that the parent had right and it has wrong."
+    )
+    min_holdout_per_class: int = Field(
+        5, gt=0, description="Hold-out images a class needs before it is judged by itself."
+    )
+    min_base_accuracy: Share = Field(0.7, description="Least hold-out accuracy of a base version.")
+
+
+class StepConfig(_Branch):
+    """One step of a rollout, in Argo Rollouts' words.
+
+    Exactly one of `shadow`, `setWeight` and `pause` is given.
+    """
+
+    shadow: Share | None = Field(None, description="Share of requests copied to the candidate.")
+    setWeight: Annotated[int, Field(ge=0, le=100)] | None = Field(  # noqa: N815 - Argo's word
+        None, description="Per cent of requests the candidate answers."
+    )
+    pause: PositiveSeconds | None = Field(None, description="Seconds to wait.")
+    min_requests: int = Field(
+        50, ge=0, description="Requests the candidate must have seen before the step may end."
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        kinds = [k for k in ("shadow", "setWeight", "pause") if getattr(self, k) is not None]
+        if len(kinds) != 1:
+            raise ValueError(f"a step has exactly one of shadow, setWeight, pause; got {kinds}")
+        return self
+
+
+class RolloutConfig(_Branch):
+    """From candidate to stable."""
+
+    steps: tuple[StepConfig, ...] = (
+        StepConfig(shadow=0.5),
+        StepConfig(setWeight=5),
+        StepConfig(setWeight=20),
+        StepConfig(setWeight=50),
+    )
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.05, description="Largest share of false promotions, however often one looks."
+    )
+    margin: Share = Field(
+        0.02, description="Accuracy the candidate may lose and still be promoted."
+    )
+    min_labelled_pairs: int = Field(
+        50, gt=0, description="Audit labels that a promotion needs at least."
+    )
+    max_error_share: Share = Field(0.02, description="Candidate errors that abort.")
+    max_latency_ratio: float = Field(
+        5.0, gt=0, description="p99 inside the candidate over p99 inside stable that pauses."
+    )
+    slot_max_weight: Annotated[int, Field(ge=0, le=100)] = Field(
+        20, description="Up to this weight a slot answers; above, the fronts do, in process."
+    )
+    lease_s: PositiveSeconds = Field(10.0, description="How long a silent controller holds on.")
+    heartbeat_timeout_s: PositiveSeconds = Field(
+        5.0, description="A front silent for this long no longer has to acknowledge."
+    )
+
+
+class AutoscalingConfig(_Branch):
+    """Replicas of one deployment."""
+
+    min_replicas: int = Field(1, ge=0, description="Fewest replicas; 0 lets it go to sleep.")
+    max_replicas: int = Field(2, gt=0, description="Most replicas.")
+    target_ongoing_requests: float = Field(
+        16, gt=0, description="Requests in flight per replica at which their number stays."
+    )
+    num_cpus: float = Field(0.2, ge=0, description="CPUs reserved per replica.")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs reserved per replica; may be a fraction.")
+
+
+class ServingConfig(_Branch):
+    """The HTTP application."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, lt=65536, description="HTTP port.")
+    model_name: str = Field("classifier", description="Name in the Open Inference Protocol.")
+    front: AutoscalingConfig = AutoscalingConfig()
+    slot: AutoscalingConfig = AutoscalingConfig(min_replicas=1, max_replicas=1)
+    max_ongoing_requests: int = Field(256, gt=0, description="Per replica, before Ray queues.")
+    max_batch: int = Field(32, gt=0, description="Images per forward pass.")
+    batch_wait_s: float = Field(0.002, ge=0, description="Longest wait for a fuller batch.")
+    max_queue: int = Field(512, gt=0, description="Images waiting; beyond it 429.")
+    poll_interval_s: PositiveSeconds = Field(0.25, description="How often the document is read.")
+    slot_timeout_s: PositiveSeconds = Field(
+        2.0, description="A slot slower than this is an error; stable answers instead."
+    )
+    shadow_queue: int = Field(64, ge=0, description="Copies waiting for a slot; beyond, dropped.")
+    top_k: int = Field(5, gt=0, description="Classes listed in an answer.")
+
+
+class TrainingConfig(_Branch):
+    """Where Ray Train runs."""
+
+    num_workers: int = Field(1, gt=0, description="Training processes.")
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs reserved per process.")
+    gpus_per_worker: float = Field(
+        0.0, ge=0, description="GPUs reserved per process; 0 trains on the CPU."
+    )
+    max_failures: int = Field(2, ge=0, description="Worker losses survived from the checkpoint.")
+    checkpoint_every_epochs: int = Field(
+        10, gt=0, description="Epochs between checkpoints; an interruption costs at most so many."
+    )
+
+
+class TuningConfig(_Branch):
+    """The sweep over lambda_ewc and learning rate."""
+
+    num_trials: int = Field(6, gt=0, description="Trials of one sweep.")
+    lambda_ewc: tuple[float, float] = Field((0.1, 1_000.0), description="Log-uniform range.")
+    learning_rate: tuple[float, float] = Field((5e-4, 1e-2), description="Log-uniform range.")
+    min_retention: Share = Field(0.95, description="Trials below it cannot win.")
+    max_concurrent: int = Field(1, gt=0, description="Trials that run at the same time.")
+
+
+class Config(_Branch):
+    """The whole tree."""
+
+    store: StoreConfig = StoreConfig()
+    data: DataConfig = DataConfig()
+    images: ImageConfig = ImageConfig()
+    model: ModelConfig = ModelConfig()
+    learning: LearningConfig = LearningConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
+    drift: DriftConfig = DriftConfig()
+    gate: GateConfig = GateConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    serving: ServingConfig = ServingConfig()
+    training: TrainingConfig = TrainingConfig()
+    tuning: TuningConfig = TuningConfig()
+
+
+def load_config(path: str | Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
+    """Read the tree from a YAML file, overrides and the environment, in rising priority.
+
+    Args:
+        path: YAML file; None means the defaults.
+        overrides: ``section.key=value`` strings; values are YAML.
+
+    Raises:
+        ConfigError: If the file is missing or a key or value is not acceptable; an
+            unknown key is answered with the nearest known one.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"config file {path} does not exist; conf/local.yaml is the one to start from"
+            ) from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"config file {path} is not YAML: {error}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"config file {path} holds {type(loaded).__name__}, not sections")
+        tree = loaded or {}
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        _put(tree, key.split("."), yaml.safe_load(value))
+    for variable, key in (
+        ("LIFELONG_STORE_URL", "url"),
+        ("LIFELONG_S3_ENDPOINT_URL", "endpoint_url"),
+    ):
+        if os.environ.get(variable):
+            _put(tree, ["store", key], os.environ[variable])
+    return config_from(tree)
+
+
+def config_from(tree: dict[str, Any]) -> Config:
+    """Check a tree of plain values; raises `ConfigError` with the nearest known key."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(dict(item)) for item in error.errors())) from None
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: object) -> None:
+    *sections, last = keys
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{'.'.join(keys)} goes through {section}, which is a value")
+    tree[last] = value
+
+
+def _explain(item: dict[str, Any]) -> str:
+    path = [str(part) for part in item["loc"]]
+    name = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        known = _keys_beside(path)
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
+        hint = f"; the nearest known key is {near[0]}" if near else ""
+        return f"unknown config key {name}{hint}"
+    return f"config key {name} is {item.get('input')!r}: {item['msg']}"
+
+
+def _keys_beside(path: list[str]) -> list[str]:
+    """Known keys of the section that holds the last part of `path`."""
+    section: type[BaseModel] = Config
+    for part in path[:-1]:
+        field = section.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type):
+            return list(StepConfig.model_fields) if "steps" in path else []
+        if issubclass(field.annotation, BaseModel):
+            section = field.annotation
+    return list(section.model_fields)
