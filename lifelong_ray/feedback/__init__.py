@@ -1,0 +1,54 @@
+"""The data loop: images, request ids, the log, curation and drift.
+
+Knows nothing of models, HTTP or Ray; `learning` and `release` know nothing of it.
+"""
+
+from lifelong_ray.feedback.curation import Curation, curate, is_holdout
+from lifelong_ray.feedback.drift import DriftReport, detect_drift
+from lifelong_ray.feedback.identity import RequestIds, Secrets, load_secrets, pseudonym, uuid7
+from lifelong_ray.feedback.images import (
+    content_hash,
+    decode_image,
+    decode_png,
+    encode_png,
+    to_model_input,
+)
+from lifelong_ray.feedback.log import LogStats, LogWriter
+from lifelong_ray.feedback.snapshot import (
+    LogTail,
+    Rows,
+    Snapshot,
+    read_comparisons,
+    read_feedback,
+    read_images,
+    read_predictions,
+    take_snapshot,
+)
+
+__all__ = [
+    "Curation",
+    "DriftReport",
+    "LogStats",
+    "LogTail",
+    "LogWriter",
+    "RequestIds",
+    "Rows",
+    "Secrets",
+    "Snapshot",
+    "content_hash",
+    "curate",
+    "decode_image",
+    "decode_png",
+    "detect_drift",
+    "encode_png",
+    "is_holdout",
+    "load_secrets",
+    "pseudonym",
+    "read_comparisons",
+    "read_feedback",
+    "read_images",
+    "read_predictions",
+    "take_snapshot",
+    "to_model_input",
+    "uuid7",
+]

@@ -1,0 +1,118 @@
+"""How the log lies in the store: names, columns, Parquet in and out.
+
+Files are immutable micro-batches under ``log/<stream>/dt=YYYY-MM-DD/hour=HH/``, filed by the
+time of writing. Each is serialised in memory and put in one piece, because streaming writers
+publish what they have when they fail. Knows nothing of queues, snapshots or threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lifelong_ray.feedback.identity import uuid7
+from lifelong_ray.feedback.images import decode_png, encode_png
+from lifelong_ray.types import Comparison, DataError, Feedback, Pixels, Prediction
+
+RowStream = Literal["predictions", "feedback", "comparisons"]
+Stream = RowStream | Literal["images"]
+Row = Prediction | Feedback | Comparison
+T = TypeVar("T", Prediction, Feedback, Comparison)
+
+_ARROW = {
+    "str": pa.string(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+    "FeedbackKind": pa.string(),
+    "tuple[float, ...]": pa.list_(pa.float64()),
+    "tuple[str, ...]": pa.list_(pa.string()),
+}
+_SCHEMAS = {
+    record: pa.schema([(f.name, _ARROW[str(f.type)]) for f in fields(record)])
+    for record in (Prediction, Feedback, Comparison)
+}
+_IMAGES = pa.schema([("content_hash", pa.string()), ("png", pa.binary())])
+
+
+def hour_prefix(stream: Stream, at_s: float) -> str:
+    """Return the folder of an hour.
+
+    >>> hour_prefix("feedback", 1_645_557_742.0)
+    'log/feedback/dt=2022-02-22/hour=19/'
+    """
+    return datetime.fromtimestamp(at_s, UTC).strftime(f"log/{stream}/dt=%Y-%m-%d/hour=%H/")
+
+
+def file_key(stream: Stream, writer_id: str, at_s: float) -> str:
+    """Return a fresh key, later ones of a writer sorting later within an hour."""
+    return f"{hour_prefix(stream, at_s)}{writer_id}-{uuid7(at_s)}.parquet"
+
+
+def row_id(row: Row) -> str:
+    """Return what tells a row from every other of its stream."""
+    return row.feedback_id if isinstance(row, Feedback) else row.request_id
+
+
+def rows_to_bytes(rows: Sequence[Row]) -> bytes:
+    """Serialise rows of one kind.
+
+    Raises:
+        ValueError, TypeError: If a field does not hold what its type says.
+    """
+    schema = _SCHEMAS[type(rows[0])]
+    columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
+    return _to_bytes(pa.table(columns, schema=schema))
+
+
+def rows_from_bytes(data: bytes, record: type[T]) -> Iterator[T]:
+    """Read what `rows_to_bytes` wrote; raises `DataError` before the first row if damaged."""
+    schema = _SCHEMAS[record]
+    columns = [
+        [tuple(value) for value in column] if pa.types.is_list(kind) else column
+        for column, kind in zip(_from_bytes(data, schema), schema.types, strict=True)
+    ]
+    return (record(*values) for values in zip(*columns, strict=True))
+
+
+def images_to_bytes(images: Mapping[str, Pixels]) -> bytes:
+    """Serialise images by content hash."""
+    pngs = [encode_png(pixels) for pixels in images.values()]
+    return _to_bytes(pa.table({"content_hash": list(images), "png": pngs}, schema=_IMAGES))
+
+
+def images_from_bytes(data: bytes, wanted: set[str]) -> dict[str, Pixels]:
+    """Read the wanted images among what `images_to_bytes` wrote.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+    hashes, pngs = _from_bytes(data, _IMAGES)
+    try:
+        return {
+            str(name): decode_png(bytes(png))
+            for name, png in zip(hashes, pngs, strict=True)
+            if name in wanted
+        }
+    except (OSError, ValueError) as error:
+        raise DataError(f"an image of the file is damaged: {error}") from None
+
+
+def _to_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _from_bytes(data: bytes, schema: pa.Schema) -> list[list[Any]]:
+    """Columns in the order of the schema."""
+    try:
+        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+            table = file.read(columns=schema.names).select(schema.names).cast(schema)
+        return [column.to_pylist() for column in table.columns]
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise DataError(f"not a whole Parquet file of the log: {error}") from None

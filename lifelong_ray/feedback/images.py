@@ -1,0 +1,204 @@
+"""From untrusted bytes to clean pixels, and from pixels to what a model takes.
+
+Bounds come before work: the body's size, then the size its header claims, then the decoder.
+What leaves is rebuilt from the raw pixels alone, so that metadata (a GPS position), further
+frames and trailing bytes stay behind. Knows nothing of HTTP or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lifelong_ray.config import ImageConfig
+from lifelong_ray.types import BadImageError, ConfigError, Pixels
+
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_OTHER_MIME = {"JPEG": ("image/jpg", "image/pjpeg"), "BMP": ("image/x-ms-bmp", "image/x-bmp")}
+
+
+def decode_image(data: bytes, content_type: str | None, limits: ImageConfig) -> Pixels:
+    """Return the first frame, upright, as grey or RGB.
+
+    Transparent parts are laid on white. A colour image whose channels are all equal becomes
+    grey, so that the same picture has the same content hash either way.
+
+    Args:
+        data: The request body.
+        content_type: What the sender says it is; None, empty and
+            ``application/octet-stream`` say nothing.
+        limits: Bounds and accepted formats.
+
+    Raises:
+        BadImageError: With code ``empty_body``, ``body_too_large``,
+            ``unsupported_media_type``, ``not_an_image``, ``too_many_pixels`` or
+            ``truncated_image``.
+    """
+    if not data:
+        raise BadImageError("empty_body", "the body is empty; send the bytes of one image")
+    if len(data) > limits.max_bytes:
+        raise BadImageError(
+            "body_too_large",
+            f"the image has {len(data)} bytes; at most {limits.max_bytes} are accepted",
+            status=413,
+        )
+    accepted = _mime_types(limits.formats)
+    declared = (content_type or "").partition(";")[0].strip().lower()
+    if declared not in {"", "application/octet-stream", "image/*"} and declared not in accepted:
+        raise BadImageError(
+            "unsupported_media_type",
+            f"content type {declared[:80]!r} is not accepted; send one of {', '.join(accepted)}",
+            status=415,
+        )
+    return _pixels(_decoded(data, limits))
+
+
+def _decoded(data: bytes, limits: ImageConfig) -> Image.Image:
+    formats = ", ".join(limits.formats)
+    try:
+        image = Image.open(io.BytesIO(data), formats=limits.formats)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_many_pixels("more pixels than any decoder takes", limits) from None
+    except Exception:  # noqa: BLE001 - decoders fail in many ways on hostile bytes
+        raise BadImageError(
+            "not_an_image", f"the body is not an image in one of the formats {formats}"
+        ) from None
+    with image:
+        width, height = image.size
+        if width * height > limits.max_pixels:
+            raise _too_many_pixels(f"{width} x {height} pixels", limits)
+        try:
+            image.load()
+            turn = _TURNS.get(_orientation(image))
+            return image.transpose(turn) if turn is not None else image.copy()
+        except Exception:  # noqa: BLE001 - as above
+            raise BadImageError(
+                "truncated_image", f"the {image.format} image is cut short or damaged"
+            ) from None
+
+
+def _too_many_pixels(found: str, limits: ImageConfig) -> BadImageError:
+    return BadImageError(
+        "too_many_pixels",
+        f"the image claims {found}; at most {limits.max_pixels} are accepted",
+        status=413,
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001 - broken metadata does not make the picture unusable
+        return 1
+
+
+def _pixels(image: Image.Image) -> Pixels:
+    if image.mode.startswith("I"):  # 16 bits a pixel
+        wide = np.asarray(image).astype(np.int64)
+        narrow: Pixels = np.clip(wide >> 8, 0, 255).astype(np.uint8)[:, :, None]
+        return narrow
+    if image.mode in {"1", "L"}:
+        return np.array(image.convert("L"))[:, :, None]
+    if image.has_transparency_data:
+        clear = image.convert("RGBA")
+        image = Image.new("RGBA", clear.size, "white")
+        image.alpha_composite(clear)
+    rgb = np.array(image.convert("RGB"))
+    if (rgb[..., 0] == rgb[..., 1]).all() and (rgb[..., 0] == rgb[..., 2]).all():
+        return np.ascontiguousarray(rgb[..., :1])
+    return rgb
+
+
+@lru_cache
+def _mime_types(formats: tuple[str, ...]) -> tuple[str, ...]:
+    Image.init()
+    unknown = sorted(set(formats) - set(Image.OPEN))
+    if unknown or not formats:
+        raise ConfigError(
+            f"images.formats has {unknown or 'nothing'}; "
+            f"Pillow reads {', '.join(sorted(Image.OPEN))}"
+        )
+    found = [Image.MIME.get(name, f"image/{name.lower()}") for name in formats]
+    return (*found, *(mime for name in formats for mime in _OTHER_MIME.get(name, ())))
+
+
+def content_hash(pixels: Pixels) -> str:
+    """Return the SHA-256 (hex) of shape and bytes: the name of an image in the log.
+
+    >>> content_hash(np.zeros((1, 2, 1), np.uint8)) == content_hash(np.zeros((2, 1, 1), np.uint8))
+    False
+    """
+    _check(pixels)
+    shape = "x".join(map(str, pixels.shape)).encode()
+    return hashlib.sha256(shape + b":" + pixels.tobytes()).hexdigest()
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """Return a PNG with exactly these pixels and nothing else."""
+    _check(pixels)
+    buffer = io.BytesIO()
+    _to_pillow(pixels).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def decode_png(png: bytes) -> Pixels:
+    """Return the pixels of a PNG that `encode_png` made; for our own bytes only."""
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        array = np.array(image)
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def to_model_input(pixels: Pixels, size: int, channels: int) -> NDArray[np.uint8]:
+    """Return what models take, the same for serving and training.
+
+    Scaled to a square without keeping the aspect ratio, bilinear with antialiasing; colour
+    becomes grey by ITU-R 601 luma, grey becomes colour by repetition.
+
+    Args:
+        pixels: Shape (height, width, 1 or 3).
+        size: Height and width wanted.
+        channels: 1 or 3.
+
+    Returns:
+        Shape (channels, size, size), contiguous.
+    """
+    _check(pixels)
+    if channels not in {1, 3}:
+        raise ValueError(f"channels is {channels}; 1 (grey) and 3 (colour) are known")
+    if pixels.shape[:2] == (size, size) and pixels.shape[2] == channels:
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    image = _to_pillow(pixels)
+    if channels == 1 and image.mode != "L":
+        image = image.convert("L")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    array = np.array(image)
+    if array.ndim == 2:
+        return np.repeat(array[None], channels, axis=0)
+    return np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _to_pillow(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _check(pixels: Pixels) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in {1, 3}:
+        raise ValueError(
+            f"pixels have shape {pixels.shape} and type {pixels.dtype}; "
+            "(height, width, 1 or 3) of uint8 is wanted"
+        )
