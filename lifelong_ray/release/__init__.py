@@ -1,0 +1,77 @@
+"""Versions and their release: registry, gate, evidence, and the decisions of a rollout.
+
+Pure decisions over frozen records, and two thin classes that keep the records in a store:
+`Registry` for versions, `ReleaseDesk` for the release document. Knows nothing of models,
+HTTP or Ray.
+"""
+
+from lifelong_ray.release.desk import DOCUMENT_KEY, ReleaseDesk
+from lifelong_ray.release.document import (
+    Event,
+    Intent,
+    Lease,
+    Phase,
+    ReleaseDocument,
+    Rollout,
+    Verb,
+)
+from lifelong_ray.release.evidence import (
+    Interval,
+    Pairs,
+    Verdict,
+    confidence_sequence,
+    count_pairs,
+    e_inferior,
+    e_not_inferior,
+    judge_evidence,
+)
+from lifelong_ray.release.fronts import (
+    LATENCY_BOUNDS_MS,
+    Counter,
+    FrontReport,
+    latency_quantile_ms,
+)
+from lifelong_ray.release.gate import Check, GateReport, judge_base, judge_update
+from lifelong_ray.release.registry import Manifest, Registry
+from lifelong_ray.release.rollout import (
+    Assignment,
+    Observation,
+    advance,
+    assign,
+    needed_versions,
+)
+
+__all__ = [
+    "DOCUMENT_KEY",
+    "LATENCY_BOUNDS_MS",
+    "Assignment",
+    "Check",
+    "Counter",
+    "Event",
+    "FrontReport",
+    "GateReport",
+    "Intent",
+    "Interval",
+    "Lease",
+    "Manifest",
+    "Observation",
+    "Pairs",
+    "Phase",
+    "Registry",
+    "ReleaseDesk",
+    "ReleaseDocument",
+    "Rollout",
+    "Verb",
+    "Verdict",
+    "advance",
+    "assign",
+    "confidence_sequence",
+    "count_pairs",
+    "e_inferior",
+    "e_not_inferior",
+    "judge_base",
+    "judge_evidence",
+    "judge_update",
+    "latency_quantile_ms",
+    "needed_versions",
+]

@@ -1,0 +1,404 @@
+"""The decisions of a release: which version answers, and when the candidate moves on.
+
+Pure functions of the document and of what was observed. Two controllers that see the same
+decide the same; one that starts anew goes on where another stopped. No clock, no files.
+
+A rollout passes through its steps (`shadow`, `setWeight`, `pause`); each needs the step
+before to be acknowledged by every live front and to have seen its requests, and capacity
+for its weight. After the last one the audit labels decide. Missing data holds a rollout;
+it neither promotes nor aborts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lifelong_ray.config import RolloutConfig
+from lifelong_ray.release.document import Event, PauseCause, ReleaseDocument, Rollout
+from lifelong_ray.release.evidence import Pairs, Verdict, judge_evidence
+from lifelong_ray.release.fronts import Counter, FrontReport, latency_quantile_ms, total
+from lifelong_ray.release.transitions import aborted, applied, promoted, rolled_back
+from lifelong_ray.types import RolloutError
+
+NUM_BUCKETS = 10_000
+"""Keys fall into this many buckets; the weight says how many of them the candidate gets."""
+
+_MIN_LATENCIES = 100  # A 99th percentile of fewer is mostly the slowest one.
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Who answers one request.
+
+    Attributes:
+        variant: The arm of the rollout.
+        version: The version of that arm.
+        shadow: Whether the other version answers a copy too, for comparison.
+    """
+
+    variant: Literal["stable", "candidate"]
+    version: str
+    shadow: bool
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a controller sees at one moment.
+
+    Attributes:
+        now_s: Unix time.
+        fronts: Latest report of every front; silent ones no longer count as live.
+        pairs: All labelled pairs of the document's rollout so far.
+        slot_ready: Whether a slot has the candidate of the document's rollout warm.
+    """
+
+    now_s: float
+    fronts: tuple[FrontReport, ...]
+    pairs: Pairs
+    slot_ready: bool
+
+
+def assign(document: ReleaseDocument, key: str, override: str | None = None) -> Assignment:
+    """Say which version answers a request; the same everywhere for one document.
+
+    A key keeps its bucket for the whole rollout, and a rising weight only adds buckets, so
+    nobody is moved back. Whether a copy is made is drawn independently of the variant.
+
+    Args:
+        document: The release document.
+        key: Who asks, such as the session; a random one where nobody needs to stick.
+        override: ``always`` or ``never`` get the candidate, regardless of the weight.
+            Ignored until the candidate has capacity; other values are ignored too.
+
+    Raises:
+        RolloutError: If nothing is released yet.
+    """
+    if document.stable is None:
+        raise RolloutError("no version is released yet; train and release a base version first")
+    rollout = document.rollout
+    if rollout is None or (rollout.weight == 0 and rollout.shadow == 0):
+        return Assignment("stable", document.stable, shadow=False)
+    wish = (override or "").strip().lower()
+    chosen = _bucket(b"variant", rollout.salt, key) < rollout.weight * (NUM_BUCKETS // 100)
+    if wish == "always" or (chosen and wish != "never"):
+        variant: Literal["stable", "candidate"] = "candidate"
+        version = rollout.candidate
+    else:
+        variant, version = "stable", document.stable
+    shadow = _bucket(b"shadow", rollout.salt, key) < rollout.shadow * NUM_BUCKETS
+    return Assignment(variant, version, shadow)
+
+
+def needed_versions(document: ReleaseDocument, config: RolloutConfig) -> frozenset[str]:
+    """Return the versions a front holds: stable, previous, and soon or now the candidate.
+
+    The candidate is asked for one step before the fronts must answer with it.
+    """
+    needed = {document.stable, document.previous}
+    rollout = document.rollout
+    if rollout is not None:
+        next_weight, _ = _next_shares(rollout)
+        in_front = max(rollout.weight, next_weight) > config.slot_max_weight
+        if in_front or rollout.is_at_last_step or rollout.promotion is not None:
+            needed.add(rollout.candidate)
+    return frozenset(version for version in needed if version is not None)
+
+
+def advance(
+    document: ReleaseDocument, observation: Observation, config: RolloutConfig
+) -> tuple[ReleaseDocument, tuple[Event, ...]]:
+    """Carry out the waiting intents in order, then take at most one decision.
+
+    Args:
+        document: As read; its lease is the caller's business.
+        observation: What is seen now, about this very document.
+        config: Steps and thresholds.
+
+    Returns:
+        The next document, equal to the given one when nothing is to be done, and the
+        changes it brings, which also lie in its outbox.
+    """
+    before = document
+    for intent in before.intents:
+        document = applied(document, intent, at_s=observation.now_s, default_steps=config.steps)
+    document = asked = document.numbered_after(before)
+    if document.rollback is not None:
+        document = _with_rollback(document, observation, config)
+    elif _is_same_rollout(before.rollout, document.rollout):
+        document = _Decider(document, observation, config).decide()
+    document = document.numbered_after(asked)
+    return document, document.outbox[len(before.outbox) :]
+
+
+class _Decider:
+    """One look at one rollout; every method returns the next document."""
+
+    def __init__(
+        self, document: ReleaseDocument, observation: Observation, config: RolloutConfig
+    ) -> None:
+        assert document.rollout is not None
+        self.document = document
+        self.rollout: Rollout = document.rollout
+        self.config = config
+        self.observation = observation
+        self.live = _live(observation, config)
+        self.in_step = _seen_in_step(self.rollout, observation.fronts)
+        self.verdict: Verdict = judge_evidence(
+            observation.pairs,
+            alpha=config.alpha,
+            margin=config.margin,
+            min_labelled_pairs=config.min_labelled_pairs,
+        )
+        lease = document.lease
+        self.who = f"controller {lease.holder}" if lease is not None else "controller"
+
+    def decide(self) -> ReleaseDocument:
+        # What protects users comes first and waits for nobody.
+        abort_reason = self._reason_to_abort()
+        if abort_reason is not None:
+            return aborted(
+                self.document,
+                who=self.who,
+                why=abort_reason,
+                at_s=self.observation.now_s,
+                evidence=self._numbers(),
+            )
+        rollout, promotion = self.rollout, self.rollout.promotion
+        if promotion is not None and promotion.force:
+            return self._promote_once_warm(f"promotion forced by {promotion.actor}")
+        if rollout.paused_by == "operator":
+            return self.document
+        slow = self._reason_to_pause()
+        if slow is not None:
+            return self._hold(slow, cause="latency")
+        waiting = self._unacknowledged()
+        if waiting is None and promotion is None:
+            waiting = self._unfinished_step()
+        if waiting is not None:
+            # Evidence pauses end by evidence only, or the phase would flicker.
+            cause: PauseCause | None = "evidence" if rollout.paused_by == "evidence" else None
+            return self._hold(waiting, cause=cause)
+        if promotion is None and not rollout.is_at_last_step:
+            return self._next_step()
+        if self.verdict.decision != "not_inferior":
+            return self._hold(self.verdict.reason, cause="evidence")
+        return self._promote_once_warm(self.verdict.reason)
+
+    def _reason_to_abort(self) -> str | None:
+        step = self.rollout.step
+        if step is not None:
+            seen, limit = self.in_step, self.config.max_error_share
+            if seen.requests >= max(1, step.min_requests) and seen.errors > limit * seen.requests:
+                stable = total(self.observation.fronts, self.document.stable or "")
+                return (
+                    f"errors {_per_cent(seen)} of {seen.requests} requests, above "
+                    f"{100 * limit:g} % ({_per_cent(stable)} stable)"
+                )
+        return self.verdict.reason if self.verdict.decision == "inferior" else None
+
+    def _reason_to_pause(self) -> str | None:
+        """Latency inside the model, against stable's over the same fronts."""
+        if self.rollout.latency_accepted or self.rollout.step is None:
+            return None
+        candidate, stable = (
+            total(self.observation.fronts, version or "").latency_counts
+            for version in (self.rollout.candidate, self.document.stable)
+        )
+        if min(sum(candidate), sum(stable)) < _MIN_LATENCIES:
+            return None
+        slow, usual = latency_quantile_ms(candidate, 0.99), latency_quantile_ms(stable, 0.99)
+        assert slow is not None
+        assert usual is not None
+        limit = self.config.max_latency_ratio
+        if slow <= limit * usual:
+            return None
+        return (
+            f"p99 inside the model {slow:.1f} ms against {usual:.1f} ms stable, "
+            f"above {limit:g} times; resume accepts it"
+        )
+
+    def _unacknowledged(self) -> str | None:
+        if not self.live:
+            return f"no front has reported for {self.config.heartbeat_timeout_s:g} s"
+        behind = [r.front_id for r in self.live if r.doc_seq < self.document.seq]
+        if behind:
+            return f"waiting for {_names(behind)} to follow document {self.document.seq}"
+        return None
+
+    def _unfinished_step(self) -> str | None:
+        step = self.rollout.step
+        if step is None:
+            return None
+        if step.pause is not None:
+            passed_s = self.observation.now_s - self.rollout.step_started_at_s
+            if passed_s < step.pause:
+                return f"{passed_s:.0f} of {step.pause:g} s paused"
+        if self.in_step.requests < step.min_requests:
+            return f"{self.in_step.requests} of {step.min_requests} requests seen"
+        return None
+
+    def _next_step(self) -> ReleaseDocument:
+        rollout = self.rollout
+        weight, shadow = _next_shares(rollout)
+        missing = self._missing_capacity(weight, shadow)
+        if missing is not None:
+            return self._hold(missing)
+        following = rollout.model_copy(
+            update={
+                "step_index": rollout.step_index + 1,
+                "phase": "Progressing",
+                "paused_by": None,
+                "weight": weight,
+                "shadow": shadow,
+                "step_started_at_s": self.observation.now_s,
+                "step_baseline": rollout.step_baseline
+                | _counts_by_front(rollout.candidate, self.observation.fronts),
+                "message": "step begun",
+            }
+        )
+        why = (
+            f"step {following.step_index + 1} of {len(rollout.steps)}: weight {weight} %, "
+            f"shadow {100 * shadow:g} %"
+        )
+        if rollout.step is not None:
+            why += f"; {self.in_step.requests} requests seen in the step before"
+        return self._changed(following, "stepped", why)
+
+    def _missing_capacity(self, weight: int, shadow: float) -> str | None:
+        """Say what keeps the candidate from carrying these shares."""
+        candidate = self.rollout.candidate
+        if weight > self.config.slot_max_weight:
+            return _cold(self.live, candidate)
+        if (weight or shadow) and not self.observation.slot_ready:
+            return f"waiting for a slot to load {candidate}"
+        return None
+
+    def _promote_once_warm(self, why: str) -> ReleaseDocument:
+        missing = self._unacknowledged() or _cold(self.live, self.rollout.candidate)
+        if missing is not None:
+            return self._hold(f"{missing}; then {self.rollout.candidate} is promoted")
+        return promoted(
+            self.document,
+            who=self.who,
+            why=why,
+            at_s=self.observation.now_s,
+            evidence=self._numbers(),
+        )
+
+    def _hold(self, message: str, *, cause: PauseCause | None = None) -> ReleaseDocument:
+        rollout = self.rollout
+        held = rollout.model_copy(
+            update={
+                "phase": "Progressing" if cause is None else "Paused",
+                "paused_by": cause,
+                "message": message,
+            }
+        )
+        if cause is not None and cause != rollout.paused_by:
+            return self._changed(held, "paused", message)
+        if cause is None and rollout.paused_by is not None:
+            return self._changed(held, "resumed", f"no longer paused by {rollout.paused_by}")
+        return self.document.changed(rollout=held)
+
+    def _changed(
+        self, rollout: Rollout, what: Literal["stepped", "paused", "resumed"], why: str
+    ) -> ReleaseDocument:
+        return self.document.changed(rollout=rollout).with_event(
+            what,
+            who=self.who,
+            why=why,
+            at_s=self.observation.now_s,
+            from_version=self.document.stable,
+            to_version=rollout.candidate,
+            evidence=self._numbers(),
+            rollout=rollout,
+        )
+
+    def _numbers(self) -> dict[str, Any]:
+        pairs, verdict = self.verdict.pairs, self.verdict
+        return {
+            "better": pairs.better,
+            "same": pairs.same,
+            "worse": pairs.worse,
+            "accuracy_difference": pairs.difference,
+            "accuracy_difference_low": verdict.interval.low,
+            "accuracy_difference_high": verdict.interval.high,
+            "log_e_not_inferior": verdict.log_e_not_inferior,
+            "log_e_inferior": verdict.log_e_inferior,
+            "alpha": self.config.alpha,
+            "margin": self.config.margin,
+            "step_requests": self.in_step.requests,
+            "step_errors": self.in_step.errors,
+            "live_fronts": len(self.live),
+        }
+
+
+def _with_rollback(
+    document: ReleaseDocument, observation: Observation, config: RolloutConfig
+) -> ReleaseDocument:
+    """Roll back once the target is warm; without any front there is nobody to wait for."""
+    assert document.previous is not None
+    cold = _cold(_live(observation, config), document.previous)
+    if cold is not None:
+        return document.changed(message=cold)
+    return rolled_back(document, at_s=observation.now_s)
+
+
+def _is_same_rollout(before: Rollout | None, after: Rollout | None) -> bool:
+    """Whether the observation is about this rollout; one just started was not observed yet."""
+    return before is not None and after is not None and before.id == after.id
+
+
+def _next_shares(rollout: Rollout) -> tuple[int, float]:
+    """Weight and shadow share of the next step, or of this one when it is the last."""
+    if rollout.is_at_last_step:
+        return rollout.weight, rollout.shadow
+    step = rollout.steps[rollout.step_index + 1]
+    return (
+        rollout.weight if step.setWeight is None else step.setWeight,
+        rollout.shadow if step.shadow is None else step.shadow,
+    )
+
+
+def _live(observation: Observation, config: RolloutConfig) -> tuple[FrontReport, ...]:
+    since_s = observation.now_s - config.heartbeat_timeout_s
+    return tuple(report for report in observation.fronts if report.at_s >= since_s)
+
+
+def _cold(live: Sequence[FrontReport], version: str) -> str | None:
+    cold = [report.front_id for report in live if version not in report.warm_versions]
+    return f"waiting for {_names(cold)} to load {version}" if cold else None
+
+
+def _counts_by_front(version: str, fronts: Sequence[FrontReport]) -> dict[str, tuple[int, int]]:
+    counters = {r.front_id: r.counters.get(version, Counter()) for r in fronts}
+    return {name: (c.requests, c.errors) for name, c in counters.items()}
+
+
+def _seen_in_step(rollout: Rollout, fronts: Sequence[FrontReport]) -> Counter:
+    """Requests and errors of the candidate since the step began."""
+    requests = errors = 0
+    for name, counts in _counts_by_front(rollout.candidate, fronts).items():
+        requests_before, errors_before = rollout.step_baseline.get(name, (0, 0))
+        requests += max(0, counts[0] - requests_before)
+        errors += max(0, counts[1] - errors_before)
+    return Counter(requests, errors)
+
+
+def _bucket(purpose: bytes, salt: str, key: str) -> int:
+    text = f"{salt}\0{key}".encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(text, digest_size=8, person=purpose).digest()
+    return int.from_bytes(digest, "big") % NUM_BUCKETS
+
+
+def _per_cent(counter: Counter) -> str:
+    return f"{100 * counter.errors / counter.requests:.1f} %" if counter.requests else "none"
+
+
+def _names(front_ids: Sequence[str]) -> str:
+    shown = ", ".join(sorted(front_ids)[:3])
+    more = f" and {len(front_ids) - 3} more" if len(front_ids) > 3 else ""
+    return f"front{'s' if len(front_ids) > 1 else ''} {shown}{more}"
