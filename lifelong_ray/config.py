@@ -157,7 +157,7 @@ class UpdateConfig(_Branch):
     )
     frozen_stages: int = Field(1, ge=0, description="Backbone stages the slow path leaves alone.")
     trainer: TrainerConfig = TrainerConfig(
-        epochs=3, batch_size=32, learning_rate=4e-3, max_shift_px=0
+        epochs=4, batch_size=32, learning_rate=4e-3, max_shift_px=0
     )
     ewc: EwcConfig = EwcConfig()
     distillation: DistillationConfig = DistillationConfig()
@@ -398,11 +398,27 @@ def load_config(path: str | Path | None = None, overrides: tuple[str, ...] = ())
 
 
 def config_from(tree: dict[str, Any]) -> Config:
-    """Check a tree of plain values; raises `ConfigError` with the nearest known key."""
+    """Check a tree of plain values; raises `ConfigError` with the nearest known key.
+
+    What it does not name stays at the default of its place: two trainings are of one class,
+    but have defaults of their own.
+    """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(_laid_over(Config().model_dump(), tree))
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(dict(item)) for item in error.errors())) from None
+
+
+def _laid_over(defaults: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged, values replaced; unknown keys are kept for the check to find."""
+    merged = dict(defaults)
+    for key, value in tree.items():
+        known = defaults.get(key)
+        if isinstance(known, dict) and isinstance(value, dict):
+            merged[key] = _laid_over(known, value)
+        else:
+            merged[key] = value
+    return merged
 
 
 def _put(tree: dict[str, Any], keys: list[str], value: object) -> None:
