@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	       "name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "installing into $(VENV) (some minutes and 6 GB the first time)"
+	@echo "installing into $(VENV) (some minutes and 7 GB the first time)"
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 

@@ -7,7 +7,10 @@ secrets may come from the environment. Components receive their own branch only.
 from __future__ import annotations
 
 import difflib
+import inspect
+import json
 import os
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -258,11 +261,14 @@ class StepConfig(_Branch):
 class RolloutConfig(_Branch):
     """From candidate to stable."""
 
-    steps: tuple[StepConfig, ...] = (
-        StepConfig(shadow=0.5),
-        StepConfig(setWeight=5),
-        StepConfig(setWeight=20),
-        StepConfig(setWeight=50),
+    steps: tuple[StepConfig, ...] = Field(
+        (
+            StepConfig(shadow=0.5),
+            StepConfig(setWeight=5),
+            StepConfig(setWeight=20),
+            StepConfig(setWeight=50),
+        ),
+        description="What happens in which order; after the last step the audit labels decide.",
     )
     alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.05, description="Largest share of false promotions, however often one looks."
@@ -419,6 +425,50 @@ def _laid_over(defaults: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]
         else:
             merged[key] = value
     return merged
+
+
+_HEADER = """\
+# Every setting at its default: one machine, local disk, CPU. Any key may be left out; unknown
+# keys are errors. --set section.key=value overrides one key. The secrets LIFELONG_SIGNING_KEY
+# and LIFELONG_ADMIN_TOKEN come from the environment only.
+
+"""
+
+
+def default_file() -> str:
+    """The text of a configuration file with every setting at its default."""
+    return _HEADER + commented_yaml(Config()) + "\n"
+
+
+def commented_yaml(config: BaseModel, indent: str = "") -> str:
+    """Write a tree as YAML with each field's description above it.
+
+    >>> print(commented_yaml(StoreConfig(url="runs/store")).splitlines()[-1])
+    endpoint_url: ""
+    """
+    lines: list[str] = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        text = field.description or inspect.cleandoc(type(value).__doc__ or "").split("\n")[0]
+        lines += textwrap.wrap(
+            text, 96, initial_indent=indent + "# ", subsequent_indent=indent + "# "
+        )
+        if isinstance(value, BaseModel):
+            lines += [f"{indent}{name}:", commented_yaml(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name}: {_inline(value)}")
+        if not indent:
+            lines.append("")
+    return "\n".join(lines).rstrip("\n")
+
+
+def _inline(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_inline, value))}]"
+    if isinstance(value, BaseModel):  # one step of a rollout
+        given = value.model_dump(exclude_unset=True)
+        return f"{{{', '.join(f'{k}: {_inline(v)}' for k, v in given.items())}}}"
+    return json.dumps(value) if value == "" or not isinstance(value, str) else value
 
 
 def _put(tree: dict[str, Any], keys: list[str], value: object) -> None:

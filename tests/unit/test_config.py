@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lifelong_ray.config import Config, StepConfig, config_from, load_config
+from lifelong_ray.config import Config, StepConfig, config_from, default_file, load_config
 from lifelong_ray.types import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +17,7 @@ LOCAL = ROOT / "conf" / "local.yaml"
 
 
 def test_local_file_spells_out_the_embedded_default():
+    assert LOCAL.read_text(encoding="utf-8") == default_file()
     assert load_config(LOCAL) == Config()
 
 

@@ -1,0 +1,279 @@
+"""The ``lifelong`` command: argument parsing, wiring and printing only."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lifelong_ray.client import LifelongClient
+from lifelong_ray.config import default_file, load_config
+from lifelong_ray.cycle import CycleReport
+from lifelong_ray.feedback import load_secrets, uuid7
+from lifelong_ray.release import Intent, Registry, ReleaseDesk
+from lifelong_ray.storage import open_store
+from lifelong_ray.types import LifelongError, VersionDamagedError, VersionError
+
+app = typer.Typer(
+    help="A classifier that keeps learning while it serves.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="YAML file; see conf/local.yaml.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")
+]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Kept in the audit record.")]
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Print an expected error as one line and exit with 1; let the others show their trace."""
+    try:
+        yield
+    except LifelongError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def write_json(path: Path | None, value: object) -> None:
+    """Write a result where ``--out`` says, if it does."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def print_cycle_report(report: CycleReport, out: Path | None) -> None:
+    """Print what one training did, and write it to `out` as JSON."""
+    write_json(out, report.to_json())
+    table = Table(title=f"{report.kind} {report.version}", title_justify="left")
+    for column in ("path", "hold-out", "validation", "seconds", "samples", "gate"):
+        table.add_column(column, justify="left" if column in ("path", "gate") else "right")
+    for name, path in report.paths.items():
+        values: dict[str, Any] = dict(path)
+        validation = values.get("validation_accuracy")
+        table.add_row(
+            f"{name}{' *' if name == report.path else ''}",
+            f"{values['holdout_accuracy']:.3f}",
+            "-" if validation is None else f"{validation:.3f}",
+            f"{values['train_seconds'] + values['extra_seconds']:.2f}",
+            f"{values['samples_seen']:,}",
+            "passed" if values["gate_passed"] else "refused",
+        )
+    console.print(table)
+    console.print(f"run {report.run_id}: {report.reason}", highlight=False, soft_wrap=True)
+    if not report.released:
+        console.print(
+            f"{report.version} is registered but not offered for release: "
+            f"{report.why_not_released}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report, pictures and store.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Decides every random choice.")] = 0,
+    data: Annotated[
+        str, typer.Option(help="digits, torchvision:NAME, an .npz, or a folder of images.")
+    ] = "digits",
+    set_: SetOption = None,
+    short: Annotated[bool, typer.Option(help="Less traffic; the same steps.")] = False,
+) -> None:
+    """Run the whole loop on real images and report what it did."""
+    from lifelong_ray.demo.report import print_table, write_reports
+    from lifelong_ray.demo.story import Pace, demo_config, tell_story
+
+    started_s = time.monotonic()
+
+    def say(what: str) -> None:
+        console.print(f"[dim]{time.monotonic() - started_s:6.1f} s[/dim]  {what}", highlight=False)
+        spinner.update(what)
+
+    with reported_errors(), console.status("starting") as spinner:
+        if (out / "store").exists():
+            raise LifelongError(
+                f"{out / 'store'} holds an earlier demo; remove {out} or choose another --out"
+            )
+        config = demo_config(out, seed=seed, data=data, overrides=tuple(set_ or ()))
+        pace = Pace(calm_s=3, changed_s=20) if short else Pace()
+        story = tell_story(config, out, seed=seed, pace=pace, say=say)
+        paths = write_reports(story, out)
+        print_table(story.figures, console)
+        for path in paths:
+            console.print(str(path), highlight=False)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("lifelong.yaml"),
+) -> None:
+    """Write a configuration file with every setting at its default."""
+    if path.exists():
+        raise typer.BadParameter(f"{path} exists; choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(default_file(), encoding="utf-8")
+    console.print(f"wrote {path}", highlight=False)
+
+
+@app.command()
+def status(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    token: Annotated[
+        bool, typer.Option(help="Print the operators' token and nothing else.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write it as JSON.")] = None,
+) -> None:
+    """Say which version users see, and how far a rollout is."""
+    with reported_errors():
+        settings = load_config(config, tuple(set_ or ()))
+        store = open_store(settings.store)
+        if token:
+            print(load_secrets(store, os.environ).admin_token)
+            return
+        document, _ = ReleaseDesk(store, time.time).read()
+        write_json(out, document.model_dump(mode="json"))
+        rollout = document.rollout
+        console.print(f"store     {store.url}", highlight=False, soft_wrap=True)
+        console.print(f"stable    {document.stable or 'none yet: train_job.py --base makes one'}")
+        console.print(f"previous  {document.previous or '-'}")
+        if rollout is None:
+            console.print("rollout   -")
+        else:
+            console.print(
+                f"rollout   {rollout.candidate}: {rollout.phase}, weight {rollout.weight} %, "
+                f"step {rollout.step_index + 1} of {len(rollout.steps)}; {rollout.message}"
+            )
+
+
+@app.command()
+def versions(config: ConfigOption = None, set_: SetOption = None) -> None:
+    """List every registered version."""
+    with reported_errors():
+        registry = Registry(open_store(load_config(config, tuple(set_ or ())).store))
+        table = Table()
+        for column in ("version", "parent", "path", "classes", "hold-out", "gate"):
+            table.add_column(column)
+        for name in registry.versions():
+            manifest = registry.manifest(name)
+            accuracy = manifest.metrics.get("holdout_accuracy")
+            passed = manifest.gate is not None and manifest.gate.passed
+            table.add_row(
+                name,
+                manifest.parent or "-",
+                manifest.path,
+                str(len(manifest.class_names)),
+                "-" if accuracy is None else f"{accuracy:.3f}",
+                "passed" if passed else "refused",
+            )
+        console.print(table)
+
+
+def _ask(
+    verb: str, config: Path | None, set_: list[str] | None, reason: str, *, force: bool = False
+) -> None:
+    with reported_errors():
+        store = open_store(load_config(config, tuple(set_ or ())).store)
+        intent = Intent.model_validate(
+            {
+                "id": str(uuid7(time.time())),
+                "verb": verb,
+                "actor": "cli",
+                "reason": reason,
+                "at_s": time.time(),
+                "force": force,
+            }
+        )
+        ReleaseDesk(store, time.time).request(intent)
+        console.print(f"{verb} asked for; the rollout controller carries it out", highlight=False)
+
+
+@app.command()
+def promote(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    reason: ReasonOption = "",
+    force: Annotated[bool, typer.Option(help="Without evidence, too.")] = False,
+) -> None:
+    """Ask for the candidate's promotion without the remaining steps."""
+    _ask("promote", config, set_, reason, force=force)
+
+
+@app.command()
+def abort(config: ConfigOption = None, set_: SetOption = None, reason: ReasonOption = "") -> None:
+    """Ask for the end of the rollout; stable stays."""
+    _ask("abort", config, set_, reason)
+
+
+@app.command()
+def rollback(
+    config: ConfigOption = None, set_: SetOption = None, reason: ReasonOption = ""
+) -> None:
+    """Ask for the previous stable version."""
+    _ask("rollback", config, set_, reason)
+
+
+@app.command()
+def doctor(config: ConfigOption = None, set_: SetOption = None) -> None:
+    """Check the configuration, the store and every version."""
+    with reported_errors():
+        settings = load_config(config, tuple(set_ or ()))
+        console.print("configuration: good")
+        store = open_store(settings.store)
+        console.print(f"store {store.url}: reachable", highlight=False, soft_wrap=True)
+        document, _ = ReleaseDesk(store, time.time).read()
+        console.print(f"stable: {document.stable or 'none yet'}")
+        registry = Registry(store)
+        damaged = []
+        for name in registry.versions():
+            try:
+                registry.load(name)
+            except VersionError as error:
+                damaged.append(name)
+                console.print(f"version {name}: {error}", highlight=False, soft_wrap=True)
+            else:
+                console.print(f"version {name}: every file matches its checksum", highlight=False)
+        if document.stable is not None and document.stable not in registry.versions():
+            damaged.append(document.stable)
+        if damaged:
+            raise VersionDamagedError(
+                f"{', '.join(damaged)} cannot be served; restore the files, or release another "
+                "version"
+            )
+
+
+@app.command()
+def predict(
+    image: Annotated[Path, typer.Argument(help="An image file.", exists=True, dir_okay=False)],
+    url: Annotated[str, typer.Option(help="Base URL.")] = "http://127.0.0.1:8000",
+) -> None:
+    """Classify one image file over HTTP."""
+    with reported_errors(), LifelongClient(url) as client:
+        suffix = image.suffix.lower().lstrip(".").replace("jpg", "jpeg")
+        answer = client.predict(image.read_bytes(), f"image/{suffix}")
+        console.print(
+            f"{answer.class_name}  confidence {answer.confidence:.3f}  {answer.model_version}",
+            highlight=False,
+        )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,151 @@
+"""The world of the demo: which images exist, and how they come to look different.
+
+Every image has one purpose: base training, traffic, an operator's example, or the
+test that the system never sees. After the change an image is seen several times,
+each time turned and lit differently. Decided by the seed alone.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from lifelong_ray.datasets import DataSource, LabelledImages
+from lifelong_ray.types import DataError, Pixels
+
+_MIN_CLASSES = 4
+_MIN_PER_CLASS = 20
+_MAX_TRAIN = 4_000
+_MAX_TEST = 600
+_TURN_DEGREES = (0.0, 60.0)
+_DARKEST = 0.4
+_LOOKS_PER_IMAGE = 3
+
+
+@dataclass(frozen=True)
+class World:
+    """Images by purpose.
+
+    Attributes:
+        old_classes: Known from the beginning.
+        new_classes: Appear with the change.
+        base: Old classes as they used to look, for base training.
+        calm_traffic: Old classes as they used to look.
+        changed_traffic: All classes as they look after the change.
+        operator: New classes after the change, to be labelled by an operator.
+        test_old: Old classes as they used to look; never sent.
+        test_drifted: Old classes after the change; never sent.
+        test_new: New classes after the change; never sent.
+    """
+
+    old_classes: tuple[str, ...]
+    new_classes: tuple[str, ...]
+    base: LabelledImages
+    calm_traffic: LabelledImages
+    changed_traffic: LabelledImages
+    operator: LabelledImages
+    test_old: LabelledImages
+    test_drifted: LabelledImages
+    test_new: LabelledImages
+
+
+def make_world(source: DataSource, seed: int, *, num_operator: int) -> World:
+    """Split a source into the images of the demo.
+
+    The last fifth of the classes (at least one) is unseen at first. Half of the
+    training part of the old classes is for base training; the rest is traffic.
+
+    Args:
+        source: Any labelled images of at least four classes.
+        seed: Decides every split and every change.
+        num_operator: Images of the new classes that the operator labels, in all.
+
+    Raises:
+        DataError: If there are too few classes or images.
+    """
+    rng = np.random.default_rng(seed)
+    names = source.train.class_names
+    if len(names) < _MIN_CLASSES:
+        raise DataError(f"the demo needs at least {_MIN_CLASSES} classes, got {list(names)}")
+    num_new = max(1, len(names) // 5)
+    old, new = names[:-num_new], names[-num_new:]
+    train = _sample(source.train, _MAX_TRAIN, rng)
+    test = _sample(source.test, _MAX_TEST, rng)
+    base: list[int] = []
+    calm: list[int] = []
+    changed: list[int] = []
+    operator: list[int] = []
+    for name in names:
+        members = [i for i, label in enumerate(train.labels) if label == name]
+        if len(members) < _MIN_PER_CLASS:
+            raise DataError(
+                f"class {name} has {len(members)} images; the demo needs {_MIN_PER_CLASS}"
+            )
+        members = rng.permutation(members).tolist()
+        if name in new:
+            num_labelled = min(max(8, num_operator // num_new), len(members) // 2)
+            operator += members[:num_labelled]
+            changed += members[num_labelled:]
+        else:
+            half, most = len(members) // 2, 5 * len(members) // 8
+            base += members[:half]
+            calm += members[half:most]
+            changed += members[most:]
+    return World(
+        old_classes=old,
+        new_classes=new,
+        base=train.take(base),
+        calm_traffic=train.take(calm),
+        changed_traffic=change(train.take(changed).repeated(_LOOKS_PER_IMAGE), rng),
+        operator=change(train.take(operator), rng),
+        test_old=test.of_classes(old),
+        test_drifted=change(test.of_classes(old).repeated(_LOOKS_PER_IMAGE), rng),
+        test_new=change(test.of_classes(new).repeated(_LOOKS_PER_IMAGE), rng),
+    )
+
+
+def change(images: LabelledImages, rng: np.random.Generator) -> LabelledImages:
+    """Let every image look as it does after the change."""
+    return LabelledImages(tuple(change_image(image, rng) for image in images.images), images.labels)
+
+
+def change_image(pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    """Turn an image by up to 60 degrees, light it from one side, and negate every other one.
+
+    No linear reading of features learned before can follow all three at once, so that
+    the backbone itself has to adapt.
+    """
+    height, width, channels = pixels.shape
+    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    turned = image.rotate(float(rng.uniform(*_TURN_DEGREES)), Image.Resampling.BILINEAR)
+    values = np.asarray(turned, dtype=np.float32).reshape(height, width, channels)
+    if rng.random() < 0.5:
+        values = 255 - values
+    angle = rng.uniform(0, 2 * np.pi)
+    rows, columns = np.meshgrid(
+        np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij"
+    )
+    light = 0.5 + 0.5 * (np.cos(angle) * columns + np.sin(angle) * rows) / np.sqrt(2)
+    lit = values * (_DARKEST + (1 - _DARKEST) * light)[:, :, None]
+    clipped: Pixels = np.clip(lit, 0, 255).astype(np.uint8)
+    return clipped
+
+
+def as_png(pixels: Pixels) -> bytes:
+    """Encode one image as a client would."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _sample(images: LabelledImages, most: int, rng: np.random.Generator) -> LabelledImages:
+    """Keep at most `most` images, about equally many of every class."""
+    quota = max(1, most // len(images.class_names))
+    kept: list[int] = []
+    for name in images.class_names:
+        members = [i for i, label in enumerate(images.labels) if label == name]
+        kept += rng.permutation(members)[:quota].tolist()
+    return images.take(sorted(kept))

@@ -1,0 +1,201 @@
+"""One training as a value, and how to carry it out on one worker of however many.
+
+Knows which learning paths a job takes and why. Does not know the log, the registry
+or where workers come from: `fit_alone` trains right here, `on_ray.training` on a
+cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lifelong_ray.config import Config
+from lifelong_ray.learning import (
+    Alone,
+    Collective,
+    EpochReport,
+    Fit,
+    Learner,
+    fit_base,
+    fit_fast,
+    fit_slow,
+)
+from lifelong_ray.types import DataError, Json
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Model inputs with their class indices.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64, indices into the job's class names.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """Everything a training needs, in one value that travels to a worker.
+
+    Attributes:
+        kind: ``base`` starts from nothing; ``update`` continues `parent_files`.
+        run_id: Names the run and its checkpoints.
+        class_names: All classes; an update's begin with its parent's.
+        training: What may be learned from.
+        validation: What chooses and calibrates; never trained on.
+        parent_files: The parent version, for an update.
+        config: The whole tree.
+    """
+
+    kind: Literal["base", "update"]
+    run_id: str
+    class_names: tuple[str, ...]
+    training: Arrays
+    validation: Arrays
+    parent_files: Mapping[str, bytes] | None
+    config: Config
+
+
+@dataclass(frozen=True)
+class FittedPath:
+    """One trained candidate.
+
+    Attributes:
+        files: The version's files.
+        report: Samples, seconds and accuracies, with the units in the key names.
+    """
+
+    files: Mapping[str, bytes]
+    report: Json
+
+
+@dataclass(frozen=True)
+class FitOutcome:
+    """What a training gave: one or more candidates by path, and why these paths."""
+
+    paths: Mapping[str, FittedPath]
+    reason: str
+
+
+def _ignore(report: EpochReport, checkpoint: Callable[[], bytes]) -> None:
+    """Take no notice of an epoch."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Hooks into a running training; the defaults do nothing.
+
+    Attributes:
+        resume: Checkpoint bytes to continue from.
+        on_epoch: Told after every epoch, with a function that makes checkpoint bytes.
+    """
+
+    resume: bytes | None = None
+    on_epoch: Callable[[EpochReport, Callable[[], bytes]], None] = _ignore
+
+
+Trainer = Callable[[FitJob], FitOutcome]
+
+
+def fit_alone(job: FitJob) -> FitOutcome:
+    """Train in this process, without Ray."""
+    return run_fit(job, Alone(), time.perf_counter, Progress())
+
+
+def run_fit(job: FitJob, collective: Collective, clock: Clock, progress: Progress) -> FitOutcome:
+    """Train what the job asks for; the same on one worker or many.
+
+    An update takes the paths that ``learning.update.paths`` names; by ``default`` the fast
+    one, and the slow one where the fast one's validation accuracy falls short.
+    """
+    training = _tensors(job.training)
+    validation = _tensors(job.validation) if len(job.validation) else None
+    learning = job.config.learning
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def on_epoch(report: EpochReport, checkpoint: Callable[[], bytes]) -> bool:
+        progress.on_epoch(report, checkpoint)
+        return False  # never stop early
+
+    if job.kind == "base":
+        fit = fit_base(
+            *training,
+            class_names=job.class_names,
+            model_config=job.config.model,
+            config=learning,
+            validation=validation,
+            collective=collective,
+            clock=clock,
+            device=device,
+            resume=progress.resume,
+            on_epoch=on_epoch,
+        )
+        return FitOutcome({"base": _fitted(fit)}, "a base training starts a family")
+    if job.parent_files is None:
+        raise DataError("an update needs its parent's files")
+    parent = Learner.from_files(job.parent_files)
+    wanted = learning.update.paths
+    paths: dict[str, FittedPath] = {}
+    why = f"learning.update.paths is {wanted}"
+    if wanted != "slow":
+        fast = fit_fast(
+            parent,
+            *training,
+            class_names=job.class_names,
+            config=learning,
+            validation=validation,
+            collective=collective,
+            clock=clock,
+            device=device,
+        )
+        paths["fast"] = _fitted(fast)
+        if wanted == "default":
+            reached, enough = fast.report.validation_accuracy, learning.update.good_enough_accuracy
+            if reached is not None and reached >= enough:
+                return FitOutcome(
+                    paths, f"frozen features suffice: fast reaches {reached:.3f} of {enough:.3f}"
+                )
+            why = f"frozen features fall short: fast reaches {_shown(reached)} of {enough:.3f}"
+    if wanted != "fast":
+        slow = fit_slow(
+            parent,
+            *training,
+            class_names=job.class_names,
+            config=learning,
+            validation=validation,
+            collective=collective,
+            clock=clock,
+            device=device,
+            resume=progress.resume,
+            on_epoch=on_epoch,
+        )
+        paths["slow"] = _fitted(slow)
+    return FitOutcome(paths, why)
+
+
+def _shown(value: float | None) -> str:
+    return "no known accuracy" if value is None else f"{value:.3f}"
+
+
+def _tensors(arrays: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(arrays.images), torch.from_numpy(arrays.labels)
+
+
+def _fitted(fit: Fit) -> FittedPath:
+    return FittedPath(fit.learner.to_files(), json.loads(json.dumps(asdict(fit.report))))

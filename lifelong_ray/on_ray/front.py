@@ -1,0 +1,461 @@
+"""What a front replica does with one image, apart from HTTP.
+
+Assigns the request, answers it with exactly one version, names that version,
+logs it, and afterwards has the other version answer too where the rollout wants
+a comparison. Follows the release document. Does not know HTTP; reaches the slot
+and the controller through two small protocols, so that it runs without Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from lifelong_ray.config import Config
+from lifelong_ray.feedback import (
+    LogWriter,
+    RequestIds,
+    Secrets,
+    content_hash,
+    decode_image,
+    pseudonym,
+    uuid7,
+)
+from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
+from lifelong_ray.release import (
+    Assignment,
+    Counter,
+    FrontReport,
+    Registry,
+    ReleaseDesk,
+    ReleaseDocument,
+    assign,
+    needed_versions,
+)
+from lifelong_ray.storage import Store
+from lifelong_ray.types import (
+    Comparison,
+    Feedback,
+    OverloadedError,
+    Pixels,
+    Prediction,
+    ServingError,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+MAX_LABEL_CHARS = 200
+
+
+class NoVersionError(ServingError):
+    """Nothing is registered yet that could answer."""
+
+
+@dataclass(frozen=True)
+class VersionAnswer:
+    """What one version says about one image.
+
+    Attributes:
+        version: Who answered.
+        class_names: Its classes.
+        probabilities: One per class.
+        model_ms: Time inside the model, milliseconds.
+    """
+
+    version: str
+    class_names: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    model_ms: float
+
+    @property
+    def best(self) -> int:
+        """Index of the most probable class."""
+        return int(np.argmax(self.probabilities))
+
+    @property
+    def class_name(self) -> str:
+        """The most probable class."""
+        return self.class_names[self.best]
+
+    @property
+    def confidence(self) -> float:
+        """Its probability."""
+        return self.probabilities[self.best]
+
+
+@dataclass(frozen=True)
+class Served:
+    """One answered request."""
+
+    request_id: str
+    answer: VersionAnswer
+    variant: str
+    audit: bool
+
+
+class CandidateSlot(Protocol):
+    """The deployment that holds a candidate by itself."""
+
+    async def ask(self, version: str, pixels: Pixels) -> VersionAnswer:
+        """Answer with `version`; any exception means that it did not answer."""
+
+
+class ReportSink(Protocol):
+    """Takes the heartbeats of a front."""
+
+    def report(self, report: FrontReport) -> None:
+        """Take one report; must not block."""
+
+
+class Front:
+    """One front replica's state: the document it follows, warm versions, the log."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        secrets: Secrets,
+        slot: CandidateSlot,
+        controller: ReportSink,
+        *,
+        now_s: Callable[[], float],
+        rng: random.Random,
+    ) -> None:
+        self._config = config
+        self._slot = slot
+        self._controller = controller
+        self._now_s = now_s
+        self._rng = rng
+        self._secrets = secrets
+        self.front_id = str(uuid7(now_s()))
+        self._ids = RequestIds(secrets.signing_key)
+        self.registry = Registry(store)
+        self.desk = ReleaseDesk(store, now_s)
+        self.log = LogWriter(store, config.feedback, f"front-{self.front_id[-12:]}", now_s)
+        self._warm = WarmVersions(self.registry, config.serving, now_s=now_s)
+        self._threads = ThreadPoolExecutor(16, thread_name_prefix="front")
+        self._counters: dict[str, Counter] = {}
+        self._comparing: set[asyncio.Task[None]] = set()
+        self._comparing_bytes = 0
+        self.dropped_comparisons = 0
+        self.document = ReleaseDocument()
+        self._follower: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Load what the document names, warm it up, and begin to follow the document."""
+        self.log.start()
+        await self._follow_once()
+        await self._warm.settled()
+        await self._follow_once()
+        self._follower = asyncio.create_task(self._follow())
+
+    def close(self) -> None:
+        """Write out the log; the replica is going away."""
+        if self._follower is not None:
+            self._follower.cancel()
+        self.log.close()
+
+    @property
+    def stable(self) -> WarmVersion | None:
+        """The version users see; None as long as none can answer."""
+        stable = self.document.stable
+        return self._warm.get(stable) if stable in self._warm.names else None
+
+    async def decode(self, data: bytes, content_type: str | None) -> Pixels:
+        """Turn bytes into clean pixels, off the event loop.
+
+        Raises:
+            BadImageError: If they are not an acceptable image.
+        """
+        return await self._in_thread(decode_image, data, content_type, self._config.images)
+
+    async def answer(
+        self, pixels: Pixels, *, key: str, override: str | None = None, user: str = ""
+    ) -> Served:
+        """Answer one image with the version its `key` is assigned to.
+
+        Raises:
+            NoVersionError: If nothing can answer yet.
+            OverloadedError: If too many images are waiting.
+        """
+        [served] = await self.answer_together([pixels], key=key, override=override, user=user)
+        return served
+
+    async def answer_together(
+        self, images: Sequence[Pixels], *, key: str, override: str | None = None, user: str = ""
+    ) -> list[Served]:
+        """Answer several images, all with one version; see `answer`."""
+        document = self.document  # one document for the whole request, whatever comes meanwhile
+        if document.stable is None:
+            raise NoVersionError(
+                "; ".join(self._warm.failures.values())
+                or "no version is released yet; run train_job.py --base to make the first"
+            )
+        assignment = assign(document, key, override)
+        variant, answers = await self._ask_assigned(document, assignment, images)
+        return [
+            self._log(document, assignment, variant, answer, pixels, user)
+            for answer, pixels in zip(answers, images, strict=True)
+        ]
+
+    def _log(
+        self,
+        document: ReleaseDocument,
+        assignment: Assignment,
+        variant: str,
+        answer: VersionAnswer,
+        pixels: Pixels,
+        user: str,
+    ) -> Served:
+        audit = self._rng.random() < self._config.feedback.audit_share
+        now_s = self._now_s()
+        request_id = self._ids.issue(now_s, answer.version, variant, answer.class_name, audit)
+        self.log.log_prediction(
+            Prediction(
+                request_id=request_id,
+                at_s=now_s,
+                content_hash=content_hash(pixels),
+                class_name=answer.class_name,
+                scores=answer.probabilities,
+                class_names=answer.class_names,
+                version=answer.version,
+                variant=variant,
+                user=pseudonym(self._secrets.signing_key, user) if user else "",
+                sampling_probability=1.0,
+                audit=audit,
+                model_ms=answer.model_ms,
+            ),
+            pixels,
+        )
+        served = Served(request_id, answer, variant, audit)
+        if document.rollout is not None and (audit or assignment.shadow):
+            self._compare_later(document, served, pixels)
+        return served
+
+    async def record_feedback(self, request_id: str, label: str, user: str) -> None:
+        """Record a label for an answered request; durable when it returns.
+
+        Raises:
+            BadRequestIdError: If the id was not issued here.
+            StorageFullError: If it could not be made durable.
+        """
+        request = self._ids.verify(request_id)
+        row = Feedback(
+            feedback_id=str(uuid7(self._now_s())),
+            at_s=self._now_s(),
+            kind="feedback",
+            label=label,
+            request_id=request_id,
+            content_hash="",
+            user=pseudonym(self._secrets.signing_key, user) if user else "",
+            audit=request.audit,
+        )
+        await self._in_thread(self.log.record_feedback, [row], {})
+
+    async def record_example(self, pixels: Pixels, label: str, user: str) -> str:
+        """Record an operator's labelled image; durable when it returns its content hash."""
+        image = content_hash(pixels)
+        row = Feedback(
+            feedback_id=str(uuid7(self._now_s())),
+            at_s=self._now_s(),
+            kind="example",
+            label=label,
+            request_id="",
+            content_hash=image,
+            user=pseudonym(self._secrets.signing_key, user) if user else "",
+            audit=False,
+        )
+        await self._in_thread(self.log.record_feedback, [row], {image: pixels})
+        return image
+
+    def status(self) -> dict[str, Any]:
+        """What this front holds, follows and has seen, for operators."""
+        stats = self.log.stats
+        return {
+            "front_id": self.front_id,
+            "doc_seq": self.document.seq,
+            "warm_versions": list(self._warm.names),
+            "failed_versions": dict(self._warm.failures),
+            "dropped_comparisons": self.dropped_comparisons + stats.dropped_comparisons,
+            "dropped_predictions": stats.dropped_predictions,
+            "queued_log_bytes": stats.queued_bytes,
+        }
+
+    async def in_thread(self, function: Callable[..., T], *args: object) -> T:
+        """Run blocking work off the event loop."""
+        return await self._in_thread(function, *args)
+
+    async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, partial(function, *args)
+        )
+
+    # -- asking versions ---------------------------------------------------------------
+
+    async def _ask_assigned(
+        self, document: ReleaseDocument, assignment: Assignment, images: Sequence[Pixels]
+    ) -> tuple[str, list[VersionAnswer]]:
+        if assignment.variant == "candidate":
+            candidate = assignment.version
+            asked = [self._ask_candidate(document, candidate, pixels) for pixels in images]
+            answers = [answer for answer in await asyncio.gather(*asked) if answer is not None]
+            if len(answers) == len(images):
+                return "candidate", answers
+        stable = str(document.stable)
+        return "stable", await asyncio.gather(*(self._ask_held(stable, p) for p in images))
+
+    async def _ask_held(self, version: str, pixels: Pixels) -> VersionAnswer:
+        warm = self._warm.get(version)
+
+        async def ask() -> VersionAnswer:
+            answer = await warm.answer(pixels)
+            probabilities = tuple(float(p) for p in answer.probabilities)
+            return VersionAnswer(version, warm.class_names, probabilities, answer.model_ms)
+
+        return await self._counted(version, ask())
+
+    async def _ask_candidate(
+        self, document: ReleaseDocument, version: str, pixels: Pixels
+    ) -> VersionAnswer | None:
+        """The candidate's answer, or None: a failing candidate costs no user an answer."""
+        in_process = (
+            document.rollout is not None
+            and document.rollout.weight > self._config.rollout.slot_max_weight
+        )
+        try:
+            if in_process and version in self._warm.names:
+                return await self._ask_held(version, pixels)
+            slot = asyncio.wait_for(
+                self._slot.ask(version, pixels), self._config.serving.slot_timeout_s
+            )
+            return await self._counted(version, slot)
+        except Exception as error:  # noqa: BLE001 - whatever it is, stable answers instead
+            logger.warning("candidate %s did not answer: %r", version, error)
+            return None
+
+    async def _counted(self, version: str, asked: Awaitable[VersionAnswer]) -> VersionAnswer:
+        try:
+            answer = await asked
+        except OverloadedError:
+            raise  # says how much traffic there is, nothing about the version
+        except Exception:
+            self._counters[version] = self._counters.get(version, Counter()).failed()
+            raise
+        counter = self._counters.get(version, Counter())
+        self._counters[version] = counter.answered(answer.model_ms)
+        return answer
+
+    # -- comparing, after the answer ---------------------------------------------------
+
+    def _compare_later(self, document: ReleaseDocument, served: Served, pixels: Pixels) -> None:
+        bytes_then = self._comparing_bytes + pixels.nbytes
+        if (
+            len(self._comparing) >= self._config.serving.shadow_queue
+            or bytes_then > self._config.feedback.max_queue_bytes
+        ):
+            self.dropped_comparisons += 1
+            return
+        self._comparing_bytes = bytes_then
+        task = asyncio.create_task(self._compare(document, served, pixels))
+        self._comparing.add(task)
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._comparing.discard(task)
+            self._comparing_bytes -= pixels.nbytes
+
+        task.add_done_callback(done)
+
+    async def _compare(self, document: ReleaseDocument, served: Served, pixels: Pixels) -> None:
+        rollout = document.rollout
+        assert rollout is not None
+        try:
+            if served.variant == "candidate":
+                stable = await self._ask_held(str(document.stable), pixels)
+                candidate: VersionAnswer | None = served.answer
+            else:
+                stable = served.answer
+                candidate = await self._ask_candidate(document, rollout.candidate, pixels)
+        except Exception as error:  # noqa: BLE001 - a comparison may never hurt the front
+            self.dropped_comparisons += 1
+            logger.warning("comparison dropped: %r", error)
+            return
+        self.log.log_comparison(
+            Comparison(
+                request_id=served.request_id,
+                at_s=self._now_s(),
+                rollout_id=rollout.id,
+                stable_version=stable.version,
+                stable_class=stable.class_name,
+                stable_confidence=stable.confidence,
+                candidate_version=rollout.candidate,
+                candidate_class=candidate.class_name if candidate else "",
+                candidate_confidence=candidate.confidence if candidate else 0.0,
+                stable_ms=stable.model_ms,
+                candidate_ms=candidate.model_ms if candidate else 0.0,
+                audit=served.audit,
+            )
+        )
+
+    # -- following the document --------------------------------------------------------
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                await self._follow_once()
+            except Exception as error:  # noqa: BLE001 - a front that stops following is lost
+                logger.warning("the release document could not be followed: %r", error)
+            await asyncio.sleep(self._config.serving.poll_interval_s)
+
+    async def _follow_once(self) -> None:
+        document, _ = await self._in_thread(self.desk.read)
+        wanted = needed_versions(document, self._config.rollout)
+        # The document in force keeps its versions until the new one is followed.
+        current = self.document.stable
+        self._warm.hold(wanted | ({current} if current else set()))
+        if document.stable is None or document.stable in self._warm.names:
+            self.document = document
+        self._controller.report(
+            FrontReport(
+                front_id=self.front_id,
+                at_s=self._now_s(),
+                doc_seq=self.document.seq,
+                warm_versions=self._warm.names,
+                counters=dict(self._counters),
+            )
+        )
+
+
+def clean_label(label: object) -> str:
+    """A label as the log keeps it.
+
+    >>> clean_label("  Ankle boot ")
+    'Ankle boot'
+
+    Raises:
+        ValueError: If it is not a string of 1 to `MAX_LABEL_CHARS` printable characters.
+    """
+    text = label.strip() if isinstance(label, str) else ""
+    if not text or len(text) > MAX_LABEL_CHARS or not text.isprintable():
+        raise ValueError(
+            f"label must be a printable string of 1 to {MAX_LABEL_CHARS} characters, "
+            f"got {label!r:.80}"
+        )
+    return text
+
+
+def top_k(answer: VersionAnswer, k: int) -> list[Mapping[str, Any]]:
+    """The `k` most probable classes, best first."""
+    order = np.argsort(answer.probabilities)[::-1][:k]
+    return [
+        {"class": answer.class_names[i], "confidence": round(answer.probabilities[i], 6)}
+        for i in order
+    ]

@@ -1,0 +1,192 @@
+"""The edge of HTTP: bodies bounded before they are read, errors in one shape.
+
+Knows status codes and wire formats. Does not know models, versions or the log.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.types import Message
+
+from lifelong_ray.types import (
+    BadImageError,
+    BadRequestIdError,
+    ConfigError,
+    GateRefusedError,
+    LifelongError,
+    OverloadedError,
+    RolloutError,
+    StorageFullError,
+    VersionError,
+)
+
+logger = logging.getLogger(__name__)
+
+_STATUS_AND_CODE: tuple[tuple[type[LifelongError], int, str], ...] = (
+    (BadRequestIdError, 404, "unknown_request_id"),
+    (OverloadedError, 429, "overloaded"),
+    (GateRefusedError, 409, "gate_refused"),
+    (RolloutError, 409, "rollout_conflict"),
+    (VersionError, 404, "unknown_version"),
+    (StorageFullError, 507, "storage_full"),
+    (ConfigError, 422, "bad_config"),
+    (LifelongError, 500, "internal"),
+)
+
+
+class RequestError(LifelongError):
+    """A request that cannot be answered as it is.
+
+    Attributes:
+        status: HTTP status.
+        code: Stable machine-readable reason.
+    """
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Bytes a client sent as an image, unchecked."""
+
+    data: bytes
+    content_type: str | None
+
+
+@dataclass(frozen=True)
+class UploadForm:
+    """Images and text fields of one request."""
+
+    images: tuple[Upload, ...]
+    fields: Mapping[str, str]
+
+
+async def read_uploads(request: Request, *, field: str, max_bytes: int) -> UploadForm:
+    """Read images from a raw body or from the multipart field `field`.
+
+    The body is cut off as soon as it exceeds `max_bytes`, whatever its headers claim.
+
+    Raises:
+        BadImageError: If the body is too large.
+        RequestError: If a multipart body is malformed or lacks the field.
+    """
+    bounded = Request(request.scope, _bounded_receive(request, max_bytes))
+    content_type = request.headers.get("content-type", "")
+    if not content_type.startswith("multipart/form-data"):
+        return UploadForm((Upload(await bounded.body(), content_type or None),), {})
+    try:
+        async with bounded.form(max_part_size=max_bytes) as form:
+            images = []
+            for part in form.getlist(field):
+                data = await part.read() if isinstance(part, UploadFile) else part.encode()
+                kind = part.content_type if isinstance(part, UploadFile) else None
+                images.append(Upload(data, kind))
+            fields = {k: v for k, v in form.items() if isinstance(v, str)}
+    except (MultiPartException, HTTPException) as error:
+        raise RequestError(
+            400, "bad_multipart", f"the multipart body is malformed: {error}"
+        ) from None
+    if not images:
+        raise RequestError(
+            400, "missing_image", f"the multipart body has no field {field!r} with an image"
+        )
+    return UploadForm(tuple(images), fields)
+
+
+async def read_json(request: Request, *, max_bytes: int = 1_000_000) -> dict[str, Any]:
+    """Read a JSON object; an empty body is an empty one.
+
+    Raises:
+        RequestError: If the body is not a JSON object.
+    """
+    bounded = Request(request.scope, _bounded_receive(request, max_bytes))
+    try:
+        value = json.loads(await bounded.body() or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, "not_json", f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RequestError(
+            400, "not_json", f"the body is a JSON {type(value).__name__}, not an object"
+        )
+    return value
+
+
+def _bounded_receive(request: Request, max_bytes: int) -> Any:
+    declared = request.headers.get("content-length", "0")
+    seen = int(declared) if declared.isdecimal() and int(declared) > max_bytes else 0
+    if seen:
+        raise BadImageError(
+            "body_too_large",
+            f"the body has {seen} bytes; at most {max_bytes} are taken",
+            status=413,
+        )
+
+    async def receive() -> Message:
+        nonlocal seen
+        message = await request.receive()
+        seen += len(message.get("body", b""))
+        if seen > max_bytes:
+            raise BadImageError("body_too_large", f"the body exceeds {max_bytes} bytes", status=413)
+        return message
+
+    return receive
+
+
+def describe_error(error: Exception) -> tuple[int, str, str]:
+    """Status, code and message of an error.
+
+    >>> describe_error(OverloadedError("full"))
+    (429, 'overloaded', 'full')
+    """
+    if isinstance(error, BadImageError | RequestError):
+        return error.status, error.code, str(error)
+    for kind, status, code in _STATUS_AND_CODE:
+        if isinstance(error, kind):
+            return status, code, str(error)
+    return 500, "internal", "the server failed; its log has the details"
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every error as ``{"error": {"code", "message", "request_id"}}``.
+
+    The Open Inference Protocol's own paths get its ``{"error": "..."}`` instead.
+    """
+
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            status, code, message = error.status_code, "http_error", str(error.detail)
+        elif isinstance(error, RequestValidationError):
+            status, code = 422, "bad_request"
+            message = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
+            )
+        else:
+            status, code, message = describe_error(error)
+        if status == 500:
+            logger.error("request to %s failed", request.url.path, exc_info=error)
+        headers = {"retry-after": "1"} if status in (429, 503) else {}
+        if request.url.path.startswith("/v2"):
+            return JSONResponse({"error": message}, status, headers=headers)
+        body = {
+            "code": code,
+            "message": message,
+            "request_id": request.headers.get("x-request-id", ""),
+        }
+        return JSONResponse({"error": body}, status, headers=headers)
+
+    for kind in (LifelongError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, answer)

@@ -1,0 +1,623 @@
+"""The Serve application: fronts that take HTTP, slots that hold a candidate.
+
+Knows routes, wire formats and Ray Serve. What is answered is decided in `front`,
+what is released in `rollout`. A version change is never a redeploy: fronts and
+slots follow the release document.
+
+Without postponed annotations: Serve pickles the ingress class by value, after which
+FastAPI could not resolve names in them any more. It does so where the class is
+decorated, so that whatever the class uses stands above it.
+"""
+
+import asyncio
+import hmac
+import logging
+import os
+import random
+import socket
+import time
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, Header, Request
+from fastapi.responses import JSONResponse
+from pydantic import TypeAdapter
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+import lifelong_ray
+from lifelong_ray.config import AutoscalingConfig, Config, StepConfig, config_from
+from lifelong_ray.feedback import (
+    LogTail,
+    detect_drift,
+    load_secrets,
+    uuid7,
+)
+from lifelong_ray.on_ray import metrics
+from lifelong_ray.on_ray.front import (
+    Front,
+    NoVersionError,
+    Served,
+    VersionAnswer,
+    clean_label,
+    top_k,
+)
+from lifelong_ray.on_ray.http import (
+    RequestError,
+    describe_error,
+    install_error_handlers,
+    read_json,
+    read_uploads,
+)
+from lifelong_ray.on_ray.rollout import RolloutController
+from lifelong_ray.on_ray.schedule import submit_update
+from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
+from lifelong_ray.release import FrontReport, Intent, Registry, ReleaseDesk
+from lifelong_ray.storage import open_store
+from lifelong_ray.types import BadImageError, Pixels, ServingError
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "lifelong_ray"
+_STEPS = TypeAdapter(tuple[StepConfig, ...])
+
+http = FastAPI(
+    title="lifelong_ray",
+    version=lifelong_ray.__version__,
+    description="A classifier that keeps learning while it serves.",
+)
+install_error_handlers(http)
+
+
+@serve.deployment(name="slot")
+class Slot:
+    """Holds the candidate of the rollout, isolated from the fronts."""
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config_tree: dict[str, Any], controller: DeploymentHandle[Any]
+    ) -> None:
+        """Begin to follow the release document."""
+        self._config = config_from(config_tree)
+        store = open_store(self._config.store)
+        self._desk = ReleaseDesk(store, time.time)
+        self._warm = WarmVersions(Registry(store), self._config.serving, now_s=time.time)
+        self._controller = controller
+        self._slot_id = str(uuid7(time.time()))
+        self._follower = asyncio.create_task(self._follow())
+
+    async def ask(self, version: str, pixels: Pixels) -> VersionAnswer:
+        """Answer with `version`, which must be warm."""
+        warm = self._warm.get(version)
+        answer = await warm.answer(pixels)
+        probabilities = tuple(float(p) for p in answer.probabilities)
+        return VersionAnswer(version, warm.class_names, probabilities, answer.model_ms)
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                document, _ = await asyncio.to_thread(self._desk.read)
+                self._warm.hold({document.rollout.candidate} if document.rollout else set())
+                self._controller.report_slot.remote(
+                    self._slot_id, time.time(), self._warm.names, dict(self._warm.failures)
+                )
+            except Exception as error:  # noqa: BLE001 - a slot that stops following is lost
+                logger.warning("the release document could not be followed: %r", error)
+            await asyncio.sleep(self._config.serving.poll_interval_s)
+
+
+class _SlotClient:
+    """Reaches the slot deployment through its Serve handle."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    async def ask(self, version: str, pixels: Pixels) -> VersionAnswer:
+        answer: VersionAnswer = await self._handle.ask.remote(version, pixels)
+        return answer
+
+
+class _ControllerClient:
+    """Sends heartbeats to the controller without waiting for an answer."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+
+    def report(self, report: FrontReport) -> None:
+        self._handle.report_front.remote(report)
+
+
+def _v2_images(inputs: Any, *, max_images: int) -> list[Pixels]:
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+        raise RequestError(400, "bad_inputs", "inputs must be a list with one tensor")
+    tensor = inputs[0]
+    if tensor.get("datatype") != "UINT8":
+        raise RequestError(
+            400, "bad_datatype", f"datatype is {tensor.get('datatype')!r}; images are UINT8"
+        )
+    shape = tensor.get("shape")
+    try:
+        array = np.asarray(tensor["data"], dtype=np.int64).reshape(shape)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise RequestError(400, "bad_tensor", f"data does not fit shape {shape}: {error}") from None
+    if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
+        raise RequestError(400, "bad_shape", f"shape {shape} is not (N, height, width, 1 or 3)")
+    if len(array) > max_images:
+        raise RequestError(
+            413, "too_many_images", f"{len(array)} images in one request; at most {max_images}"
+        )
+    if array.min() < 0 or array.max() > 255:
+        raise RequestError(400, "bad_tensor", "UINT8 values lie in 0 to 255")
+    return list(array.astype(np.uint8))
+
+
+@serve.deployment(name="front")
+@serve.ingress(http)
+class FrontDeployment:
+    """Takes HTTP; answers with the stable version in its own process."""
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self,
+        config_tree: dict[str, Any],
+        slot: DeploymentHandle[Any],
+        controller: DeploymentHandle[Any],
+    ) -> None:
+        """Load and warm up what the release document names before taking traffic."""
+        self._config = config_from(config_tree)
+        self._store = open_store(self._config.store)
+        self._secrets = load_secrets(self._store, os.environ)
+        self._controller = controller
+        self._front = Front(
+            self._config,
+            self._store,
+            self._secrets,
+            _SlotClient(slot),
+            _ControllerClient(controller),
+            now_s=time.time,
+            rng=random.Random(),
+        )
+        self._metrics = metrics.FrontMetrics()
+        await self._front.start()
+
+    def __del__(self) -> None:
+        """Write out the log when Serve takes the replica down."""
+        if hasattr(self, "_front"):
+            self._front.close()
+
+    # -- predictions -------------------------------------------------------------------
+
+    @http.post("/predict", tags=["predict"])
+    async def predict(
+        self,
+        request: Request,
+        x_session_id: Annotated[str | None, Header()] = None,
+        x_canary: Annotated[str | None, Header()] = None,
+    ) -> JSONResponse:
+        """Classify one image: a raw ``image/*`` body or the multipart field ``image``."""
+        form = await read_uploads(request, field="image", max_bytes=self._config.images.max_bytes)
+        upload = form.images[0]
+        served = await self._answer(upload.data, upload.content_type, x_session_id, x_canary)
+        headers = {
+            "x-prediction-id": served.request_id,
+            "x-model-version": served.answer.version,
+            "x-variant": served.variant,
+        }
+        return JSONResponse(self._as_json(served), headers=headers)
+
+    @http.post("/batch_predict", tags=["predict"])
+    async def batch_predict(
+        self,
+        request: Request,
+        x_session_id: Annotated[str | None, Header()] = None,
+        x_canary: Annotated[str | None, Header()] = None,
+    ) -> JSONResponse:
+        """Classify several multipart ``images``; a bad one gets its own error entry."""
+        form = await read_uploads(request, field="images", max_bytes=self._config.images.max_bytes)
+
+        async def one(data: bytes, content_type: str | None) -> dict[str, Any]:
+            try:
+                return self._as_json(await self._answer(data, content_type, x_session_id, x_canary))
+            except BadImageError as error:
+                _, code, message = describe_error(error)
+                return {"error": {"code": code, "message": message, "request_id": ""}}
+
+        answers = await asyncio.gather(*(one(u.data, u.content_type) for u in form.images))
+        return JSONResponse({"predictions": list(answers)})
+
+    async def _answer(
+        self, data: bytes, content_type: str | None, session: str | None, canary: str | None
+    ) -> Served:
+        try:
+            pixels = await self._front.decode(data, content_type)
+            served = await self._front.answer(
+                pixels, key=session or str(uuid7(time.time())), override=canary, user=session or ""
+            )
+        except NoVersionError as error:
+            raise RequestError(503, "no_version", str(error)) from None
+        self._metrics.answered(served.answer.version, served.variant, served.answer.model_ms)
+        return served
+
+    def _as_json(self, served: Served) -> dict[str, Any]:
+        return {
+            "request_id": served.request_id,
+            "class": served.answer.class_name,
+            "confidence": round(served.answer.confidence, 6),
+            "top_k": top_k(served.answer, self._config.serving.top_k),
+            "model_version": served.answer.version,
+            "variant": served.variant,
+            "audit": served.audit,
+        }
+
+    # -- labels ------------------------------------------------------------------------
+
+    @http.post("/feedback", status_code=202, tags=["feedback"])
+    async def feedback(self, request: Request) -> dict[str, Any]:
+        """Correct or confirm an answer: ``{"request_id", "label", "user"?}``; durable at 202."""
+        body = await read_json(request)
+        request_id, user = body.get("request_id"), body.get("user", "")
+        if not isinstance(request_id, str) or not isinstance(user, str):
+            raise RequestError(422, "bad_request", "request_id and user must be strings")
+        label = self._label(body.get("label"))
+        await self._front.record_feedback(request_id, label, user)
+        stable = self._front.stable
+        known = stable is not None and label in stable.class_names
+        return {"status": "recorded", "request_id": request_id, "new_class_proposal": not known}
+
+    @http.post("/examples", status_code=202, tags=["feedback"])
+    async def examples(
+        self,
+        request: Request,
+        authorization: Annotated[str | None, Header()] = None,
+        label: str | None = None,
+    ) -> dict[str, Any]:
+        """Operators: a labelled image; ``?label=`` or the multipart field ``label``."""
+        self._require_operator(authorization)
+        form = await read_uploads(request, field="image", max_bytes=self._config.images.max_bytes)
+        name = self._label(label if label is not None else form.fields.get("label"))
+        pixels = await self._front.decode(form.images[0].data, form.images[0].content_type)
+        image = await self._front.record_example(pixels, name, "operator")
+        return {"status": "recorded", "content_hash": image}
+
+    @staticmethod
+    def _label(value: object) -> str:
+        try:
+            return clean_label(value)
+        except ValueError as error:
+            raise RequestError(422, "bad_label", str(error)) from None
+
+    # -- Open Inference Protocol v2 ----------------------------------------------------
+
+    @http.get("/v2", tags=["open inference protocol"])
+    async def v2(self) -> dict[str, Any]:
+        """Server metadata."""
+        return {"name": "lifelong_ray", "version": lifelong_ray.__version__, "extensions": []}
+
+    @http.get("/v2/health/live", tags=["open inference protocol"])
+    async def v2_live(self) -> dict[str, bool]:
+        """Whether the process runs."""
+        return {"live": True}
+
+    @http.get("/v2/health/ready", tags=["open inference protocol"])
+    async def v2_ready(self) -> JSONResponse:
+        """Whether a version can answer."""
+        ready = self._front.stable is not None
+        return JSONResponse({"ready": ready, "live": True}, 200 if ready else 503)
+
+    @http.get("/v2/models/{name}", tags=["open inference protocol"])
+    @http.get("/v2/models/{name}/versions/{version}", tags=["open inference protocol"])
+    async def v2_model(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """Model metadata."""
+        stable = self._v2_version(name, version)
+        shape = [-1, stable.image_size, stable.image_size, stable.channels]
+        return {
+            "name": name,
+            "versions": [stable.version],
+            "platform": "pytorch",
+            "inputs": [{"name": "image", "datatype": "UINT8", "shape": shape}],
+            "outputs": [
+                {
+                    "name": "probabilities",
+                    "datatype": "FP32",
+                    "shape": [-1, len(stable.class_names)],
+                },
+                {"name": "class", "datatype": "BYTES", "shape": [-1]},
+            ],
+        }
+
+    @http.get("/v2/models/{name}/ready", tags=["open inference protocol"])
+    @http.get("/v2/models/{name}/versions/{version}/ready", tags=["open inference protocol"])
+    async def v2_model_ready(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """Whether the stable version can answer."""
+        self._v2_version(name, version)
+        return {"name": name, "ready": True}
+
+    @http.post("/v2/models/{name}/infer", tags=["open inference protocol"])
+    @http.post("/v2/models/{name}/versions/{version}/infer", tags=["open inference protocol"])
+    async def v2_infer(
+        self, request: Request, name: str, version: str | None = None
+    ) -> dict[str, Any]:
+        """Classify a UINT8 tensor of shape (N, height, width, channels), as JSON.
+
+        One version answers the whole tensor: the one in the path, or the one assigned.
+        """
+        body = await read_json(request, max_bytes=self._config.images.max_bytes)
+        request_id = body.get("id", "")
+        if not isinstance(request_id, str) or not request_id.isascii():
+            raise RequestError(400, "bad_id", "id must be a string of ASCII characters")
+        images = _v2_images(body.get("inputs"), max_images=self._config.serving.max_queue)
+        self._v2_version(name, version)
+        served = await self._front.answer_together(
+            images, key=str(uuid7(time.time())), override="never" if version else None
+        )
+        probabilities = [s.answer.probabilities for s in served]
+        return {
+            "model_name": name,
+            "model_version": served[0].answer.version,
+            "id": request_id,
+            "parameters": {
+                "variant": served[0].variant,
+                "prediction_ids": ",".join(s.request_id for s in served),
+            },
+            "outputs": [
+                {
+                    "name": "probabilities",
+                    "datatype": "FP32",
+                    "shape": [len(served), len(probabilities[0])],
+                    "data": [round(p, 6) for row in probabilities for p in row],
+                },
+                {
+                    "name": "class",
+                    "datatype": "BYTES",
+                    "shape": [len(served)],
+                    "data": [s.answer.class_name for s in served],
+                },
+            ],
+        }
+
+    def _v2_version(self, name: str, version: str | None) -> WarmVersion:
+        if name != self._config.serving.model_name:
+            raise RequestError(
+                404, "unknown_model", f"no model {name}; this is {self._config.serving.model_name}"
+            )
+        stable = self._front.stable
+        if stable is None:
+            raise RequestError(503, "no_version", "no version can answer yet")
+        if version not in (None, stable.version):
+            raise RequestError(
+                404,
+                "unknown_version",
+                f"version {version} does not answer here; stable is {stable.version}",
+            )
+        return stable
+
+    # -- operators ---------------------------------------------------------------------
+
+    def _require_operator(self, authorization: str | None) -> None:
+        expected = f"Bearer {self._secrets.admin_token}"
+        if not hmac.compare_digest((authorization or "").encode(), expected.encode()):
+            raise RequestError(
+                401,
+                "unauthorized",
+                "operators send 'Authorization: Bearer <token>'; lifelong status --token prints it",
+            )
+
+    @http.get("/admin/status", tags=["operators"])
+    async def admin_status(
+        self, authorization: Annotated[str | None, Header()] = None
+    ) -> dict[str, Any]:
+        """The document, this front, and what the controller has seen."""
+        self._require_operator(authorization)
+        return {
+            "document": self._front.document.model_dump(mode="json"),
+            "front": self._front.status(),
+            "controller": await self._controller.status.remote(),
+        }
+
+    @http.get("/admin/versions", tags=["operators"])
+    async def admin_versions(
+        self, authorization: Annotated[str | None, Header()] = None
+    ) -> dict[str, Any]:
+        """Every registered version with its lineage and gate."""
+        self._require_operator(authorization)
+        registry = self._front.registry
+
+        def manifests() -> list[dict[str, Any]]:
+            return [registry.manifest(v).model_dump(mode="json") for v in registry.versions()]
+
+        return {"versions": await self._front.in_thread(manifests)}
+
+    @http.get("/admin/rollout", tags=["operators"])
+    async def admin_rollout(
+        self, authorization: Annotated[str | None, Header()] = None
+    ) -> dict[str, Any]:
+        """The rollout under way, if any."""
+        self._require_operator(authorization)
+        document, _ = await self._front.in_thread(self._front.desk.read)
+        return {
+            "stable": document.stable,
+            "previous": document.previous,
+            "rollout": document.rollout.model_dump(mode="json") if document.rollout else None,
+        }
+
+    @http.put("/admin/rollout", status_code=202, tags=["operators"])
+    async def admin_start(
+        self, request: Request, authorization: Annotated[str | None, Header()] = None
+    ) -> dict[str, Any]:
+        """Start a rollout: ``{"candidate", "steps"?, "force"?, "reason"?}``."""
+        self._require_operator(authorization)
+        body = await read_json(request)
+        unknown = set(body) - {"candidate", "steps", "force", "reason"}
+        if unknown or not isinstance(body.get("candidate"), str):
+            raise RequestError(
+                422,
+                "bad_request",
+                f"a rollout takes candidate, steps, force and reason; got {sorted(body)}",
+            )
+        try:
+            steps = _STEPS.validate_python(body.get("steps") or ())
+        except ValueError as error:
+            raise RequestError(422, "bad_steps", str(error)) from None
+        if not isinstance(body.get("force", False), bool):
+            raise RequestError(422, "bad_request", f"force is {body['force']!r}, not true or false")
+        return await self._request(
+            Intent(
+                id=str(uuid7(time.time())),
+                verb="start",
+                actor="operator",
+                reason=str(body.get("reason", "")),
+                at_s=time.time(),
+                candidate=body["candidate"],
+                steps=steps,
+                force=body.get("force", False),
+            )
+        )
+
+    @http.post("/admin/rollout/{verb}", status_code=202, tags=["operators"])
+    async def admin_verb(
+        self,
+        verb: str,
+        request: Request,
+        authorization: Annotated[str | None, Header()] = None,
+    ) -> dict[str, Any]:
+        """Promote, abort, pause, resume or rollback: ``{"reason"?, "force"?}``.
+
+        Only a promotion can be forced: it then needs no evidence.
+        """
+        self._require_operator(authorization)
+        verbs = ("promote", "abort", "pause", "resume", "rollback")
+        if verb not in verbs:
+            raise RequestError(404, "unknown_verb", f"{verb} is not one of {', '.join(verbs)}")
+        body = await read_json(request)
+        force = body.get("force", False)
+        if set(body) - {"reason", "force"} or (force and verb != "promote"):
+            raise RequestError(
+                422, "bad_request", f"{verb} takes a reason, and only promote a force"
+            )
+        return await self._request(
+            Intent(
+                id=str(uuid7(time.time())),
+                verb=verb,
+                actor="operator",
+                reason=str(body.get("reason", "")),
+                at_s=time.time(),
+                force=bool(force),
+            )
+        )
+
+    async def _request(self, intent: Intent) -> dict[str, Any]:
+        await self._front.in_thread(self._front.desk.request, intent)
+        return {"status": "accepted", "intent_id": intent.id}
+
+    @http.get("/admin/comparisons", tags=["operators"])
+    async def admin_comparisons(
+        self,
+        authorization: Annotated[str | None, Header()] = None,
+        last: int = 100,
+    ) -> dict[str, Any]:
+        """The latest paired answers of the rollouts of the last hour."""
+        self._require_operator(authorization)
+        since_s = time.time() - 3_600
+        rows = await self._front.in_thread(
+            lambda: LogTail(self._store, "comparisons", since_s).poll()
+        )
+        agreeing = sum(r.stable_class == r.candidate_class for r in rows)
+        return {
+            "num_comparisons": len(rows),
+            "agreement": agreeing / len(rows) if rows else None,
+            "comparisons": [r.__dict__ for r in rows[-max(0, last) :]],
+        }
+
+    @http.get("/admin/drift", tags=["operators"])
+    async def admin_drift(
+        self, authorization: Annotated[str | None, Header()] = None
+    ) -> dict[str, Any]:
+        """Whether the latest traffic scores differ from the stable version's hold-out scores."""
+        self._require_operator(authorization)
+        return await self._front.in_thread(self._drift)
+
+    def _drift(self) -> dict[str, Any]:
+        stable = self._front.document.stable
+        if stable is None:
+            raise RequestError(503, "no_version", "no version is released yet")
+        reference = self._front.registry.manifest(stable).metrics.get("holdout_scores")
+        since_s = time.time() - 86_400
+        rows = [
+            r for r in LogTail(self._store, "predictions", since_s).poll() if r.version == stable
+        ]
+        recent = [r.scores for r in sorted(rows, key=lambda r: r.at_s)]
+        recent = recent[-self._config.drift.window_rows :]
+        if not reference or len(recent) < self._config.drift.window_rows:
+            return {"judged": False, "num_recent": len(recent)}
+        report = detect_drift(np.asarray(reference), np.asarray(recent), self._config.drift)
+        return {"judged": True, **report.__dict__}
+
+    @http.post("/admin/retrain", status_code=202, tags=["operators"])
+    async def admin_retrain(
+        self, authorization: Annotated[str | None, Header()] = None
+    ) -> dict[str, Any]:
+        """Submit an update as a Ray job."""
+        self._require_operator(authorization)
+        run_id = await self._front.in_thread(submit_update, self._config)
+        return {"status": "submitted", "run_id": run_id}
+
+
+def build_app(config: Config) -> serve.Application:
+    """Bind the application: one controller, a slot, the fronts."""
+    tree = config.model_dump(mode="json")
+    controller = RolloutController.options(  # type: ignore[attr-defined]
+        ray_actor_options={"num_cpus": 0.1}
+    ).bind(tree)
+    slot = Slot.options(**_replicas(config.serving.slot, config)).bind(tree, controller)  # type: ignore[attr-defined]
+    return FrontDeployment.options(**_replicas(config.serving.front, config)).bind(  # type: ignore[attr-defined,no-any-return]
+        tree, slot, controller
+    )
+
+
+def _replicas(scaling: AutoscalingConfig, config: Config) -> dict[str, Any]:
+    return {
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "target_ongoing_requests": scaling.target_ongoing_requests,
+        },
+        "max_ongoing_requests": config.serving.max_ongoing_requests,
+        "ray_actor_options": {"num_cpus": scaling.num_cpus, "num_gpus": scaling.num_gpus},
+    }
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Refuse a port that something else has, or that cannot be had.
+
+    Two HAProxy processes on one port share its traffic silently, so Serve itself
+    would not notice.
+
+    Raises:
+        ServingError: If the port is taken.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # Connections that ended a moment ago do not hold the port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServingError(
+                f"port {port} on {host} cannot be used ({error.strerror}); stop what listens "
+                "there or choose another with --set serving.port=PORT"
+            ) from None
+
+
+def start_app(config: Config) -> str:
+    """Start the application on the running Ray and return its base URL.
+
+    Raises:
+        ServingError: If the port is taken.
+    """
+    require_free_port(config.serving.host, config.serving.port)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options={"host": config.serving.host, "port": config.serving.port})
+    serve.run(build_app(config), name=APP_NAME, route_prefix="/")
+    return f"http://{config.serving.host}:{config.serving.port}"
+
+
+def stop_app() -> None:
+    """Stop the application, letting its fronts write out their log."""
+    serve.delete(APP_NAME)

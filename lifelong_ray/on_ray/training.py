@@ -1,0 +1,151 @@
+"""The learning engine on Ray Train workers.
+
+Knows how a job travels to workers, how they find one another, and how checkpoints
+outlive them. What is learned is decided in `learning`; the same job gives the same
+model on one worker or many.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from lifelong_ray.config import Config
+from lifelong_ray.fitting import FitJob, FitOutcome, Progress, run_fit
+from lifelong_ray.learning import Alone, EpochReport, TorchDistributed
+from lifelong_ray.types import LearningError
+
+logger = logging.getLogger(__name__)
+
+_STATE = "state.safetensors"
+
+
+def ensure_ray(config: Config, *, own: bool = False) -> None:
+    """Connect to the cluster of this job or machine; where there is none, start a local Ray.
+
+    Args:
+        config: Says how many CPUs training needs; serving gets at least one more.
+        own: Start a Ray of one's own even where a cluster runs.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
+        "log_to_driver": False,
+    }
+    needed = int(config.training.num_workers * config.training.cpus_per_worker) + 1
+    num_cpus = max(os.cpu_count() or 1, needed)
+    try:
+        ray.init(address="local" if own else None, num_cpus=num_cpus, **options)
+    except ValueError:
+        ray.init(**options)  # a cluster runs already, and knows how many CPUs it has
+
+
+def fit_on_ray(job: FitJob) -> FitOutcome:
+    """Run a job on Ray Train workers and return what they trained.
+
+    A run with checkpoints under its id continues from the latest one.
+
+    Raises:
+        LearningError: If the training failed for good.
+    """
+    ensure_ray(job.config)
+    # How often the controller looks at its workers; at Ray's two seconds a short training
+    # would wait longer for its own end than it takes.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    training = job.config.training
+    use_gpu = training.gpus_per_worker > 0
+    resources = {"CPU": training.cpus_per_worker}
+    if use_gpu:
+        resources["GPU"] = training.gpus_per_worker
+    trainer = TorchTrainer(
+        _work,  # type: ignore[arg-type]  # Ray's stub knows no return value; it passes one on
+        train_loop_config={"job": ray.put(job)},
+        scaling_config=ScalingConfig(
+            num_workers=training.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=job.run_id,
+            storage_path=storage_path(job.config),
+            failure_config=FailureConfig(max_failures=training.max_failures),
+        ),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise LearningError(f"run {job.run_id} failed on its workers: {error}") from error
+    outcome = result.return_value  # type: ignore[attr-defined]  # of rank 0; stub lacks it
+    assert isinstance(outcome, FitOutcome), "rank 0 returns the outcome"
+    return outcome
+
+
+def storage_path(config: Config) -> str:
+    """Where Ray Train keeps checkpoints: beside the store."""
+    url = config.store.url
+    if url.startswith("s3://"):
+        return f"{url.rstrip('/')}/train"
+    return str(Path(url).expanduser().resolve() / "train")
+
+
+def _work(loop_config: dict[str, Any]) -> FitOutcome | None:
+    """Train on one worker; rank 0 returns the outcome."""
+    job: FitJob = ray.get(loop_config["job"])
+    training = job.config.training
+    context = ray.train.get_context()
+    alone = context.get_world_size() == 1
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, int(training.cpus_per_worker)))
+
+    # Ray Train takes one report per look of its controller: were every epoch reported, a
+    # training of many short epochs would mostly wait.
+    def on_epoch(report: EpochReport, checkpoint: Callable[[], bytes]) -> None:
+        if report.epoch % training.checkpoint_every_epochs or report.epoch == report.num_epochs:
+            return
+        metrics = {"epoch": report.epoch, **report.losses}
+        if context.get_world_rank() != 0:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / _STATE).write_bytes(checkpoint())
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+    resume: bytes | None = None
+    latest = ray.train.get_checkpoint()
+    if latest is not None:
+        with latest.as_directory() as folder:
+            resume = (Path(folder) / _STATE).read_bytes()
+    _wake_torch()
+    outcome = run_fit(
+        job,
+        Alone() if alone else TorchDistributed(),
+        time.perf_counter,
+        Progress(resume, on_epoch),
+    )
+    return outcome if context.get_world_rank() == 0 else None
+
+
+def _wake_torch() -> None:
+    """Run each kind of kernel once, so that a report counts training and not process start."""
+    image = torch.zeros(2, 1, 8, 8, requires_grad=True)
+    kernel = torch.ones(2, 1, 3, 3, requires_grad=True)
+    torch.nn.functional.conv2d(image, kernel).sum().backward()  # type: ignore[no-untyped-call]
+    torch.linalg.solve(torch.eye(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+
+
+def stop_ray() -> None:
+    """Disconnect, and stop a Ray that `ensure_ray` started."""
+    ray.shutdown()

@@ -1,0 +1,267 @@
+"""The edge of HTTP: bounded bodies, and one shape for every error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+
+from lifelong_ray.on_ray.http import (
+    RequestError,
+    install_error_handlers,
+    read_json,
+    read_uploads,
+)
+from lifelong_ray.types import (
+    BadImageError,
+    BadRequestIdError,
+    ConflictError,
+    GateRefusedError,
+    OverloadedError,
+    RolloutError,
+    StorageFullError,
+    VersionDamagedError,
+    VersionError,
+)
+
+MAX_BYTES = 1_000
+
+
+class Typed(BaseModel):
+    number: int
+
+
+def make_app() -> FastAPI:
+    app = FastAPI()
+    install_error_handlers(app)
+
+    @app.post("/upload")
+    async def upload(request: Request) -> dict[str, Any]:
+        form = await read_uploads(request, field="image", max_bytes=MAX_BYTES)
+        return {
+            "images": [[len(image.data), image.content_type] for image in form.images],
+            "fields": dict(form.fields),
+        }
+
+    @app.post("/json")
+    async def json(request: Request) -> dict[str, Any]:
+        return await read_json(request, max_bytes=MAX_BYTES)
+
+    @app.post("/typed")
+    async def typed(body: Typed) -> int:
+        return body.number
+
+    @app.get("/fail/{name}")
+    @app.get("/v2/fail/{name}")
+    async def fail(name: str) -> None:
+        raise ERRORS[name]
+
+    return app
+
+
+ERRORS: dict[str, Exception] = {
+    "image": BadImageError("truncated_image", "cut short"),
+    "request": RequestError(418, "teapot", "short and stout"),
+    "id": BadRequestIdError("not ours"),
+    "overloaded": OverloadedError("512 images are waiting"),
+    "gate": GateRefusedError("not passed"),
+    "rollout": RolloutError("already under way"),
+    "version": VersionError("no such version"),
+    "damaged": VersionDamagedError("checksum"),
+    "full": StorageFullError("no space left"),
+    "conflict": ConflictError("somebody was first"),
+    "surprise": RuntimeError("secret detail"),
+}
+
+
+def call(method: str, path: str, **arguments: Any) -> httpx.Response:
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(make_app(), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **arguments)
+
+    return asyncio.run(send())
+
+
+async def in_pieces(num_bytes: int) -> AsyncIterator[bytes]:
+    """A body that comes without Content-Length."""
+    for _ in range(0, num_bytes, 100):
+        yield b"x" * 100
+
+
+def error_of(response: httpx.Response) -> dict[str, str]:
+    body = response.json()
+    assert list(body) == ["error"]
+    assert sorted(body["error"]) == ["code", "message", "request_id"]
+    assert body["error"]["message"]
+    error: dict[str, str] = body["error"]
+    return error
+
+
+def test_a_raw_body_is_one_image_with_its_content_type() -> None:
+    response = call("POST", "/upload", content=b"abc", headers={"content-type": "image/png"})
+
+    assert response.json() == {"images": [[3, "image/png"]], "fields": {}}
+
+
+def test_multipart_images_keep_their_order_and_the_fields_stay_beside() -> None:
+    files = [("image", ("a", b"1", "image/png")), ("image", ("b", b"22", "image/bmp"))]
+
+    response = call("POST", "/upload", files=files, data={"label": "boot"})
+
+    assert response.json() == {
+        "images": [[1, "image/png"], [2, "image/bmp"]],
+        "fields": {"label": "boot"},
+    }
+
+
+def test_a_body_of_exactly_the_limit_is_taken() -> None:
+    assert call("POST", "/upload", content=b"x" * MAX_BYTES).status_code == 200
+    assert call("POST", "/upload", content=in_pieces(MAX_BYTES)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/upload", "/json"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param({"content": b"x" * (MAX_BYTES + 1)}, id="declared"),
+        pytest.param({"content": in_pieces}, id="undeclared"),
+        pytest.param({"content": in_pieces, "headers": {"content-length": "10"}}, id="lied"),
+        pytest.param({"files": {"image": ("a", b"x" * 2 * MAX_BYTES)}}, id="multipart"),
+    ],
+)
+def test_a_body_beyond_the_limit_is_refused(path: str, body: dict[str, Any]) -> None:
+    if body.get("content") is in_pieces:
+        body = {**body, "content": in_pieces(5 * MAX_BYTES)}
+
+    response = call("POST", path, **body)
+
+    assert response.status_code == 413
+    assert error_of(response)["code"] == "body_too_large"
+
+
+def test_a_body_without_length_is_not_read_beyond_the_limit() -> None:
+    num_sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal num_sent
+        while num_sent < 1_000:
+            num_sent += 1
+            yield b"x" * 100
+
+    assert call("POST", "/upload", content=endless()).status_code == 413
+    assert num_sent <= MAX_BYTES // 100 + 2
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "code"),
+    [
+        (b"--x\r\nno headers", "multipart/form-data; boundary=x", "bad_multipart"),
+        (b"--x\r\n", "multipart/form-data", "bad_multipart"),
+        (b"--x--\r\n", "multipart/form-data; boundary=x", "missing_image"),
+    ],
+    ids=["broken", "without boundary", "empty"],
+)
+def test_broken_multipart_bodies_are_the_clients_mistake(
+    content: bytes, content_type: str, code: str
+) -> None:
+    response = call("POST", "/upload", content=content, headers={"content-type": content_type})
+
+    assert response.status_code == 400
+    assert error_of(response)["code"] == code
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[1]", b"\xff\xfe", b"[" * 900, b'"text"', b"null"], ids=repr
+)
+def test_what_is_not_a_json_object_is_refused(content: bytes) -> None:
+    response = call("POST", "/json", content=content)
+
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "not_json"
+
+
+def test_json_nested_beyond_the_parser_is_refused() -> None:
+    app = FastAPI()
+    install_error_handlers(app)
+
+    @app.post("/deep")
+    async def deep(request: Request) -> dict[str, Any]:
+        return await read_json(request)
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/deep", content=b'{"a":' + b"[" * 500_000)
+
+    response = asyncio.run(send())
+
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "not_json"
+
+
+def test_an_empty_body_is_an_empty_object() -> None:
+    assert call("POST", "/json").json() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "code"),
+    [
+        ("image", 400, "truncated_image"),
+        ("request", 418, "teapot"),
+        ("id", 404, "unknown_request_id"),
+        ("overloaded", 429, "overloaded"),
+        ("gate", 409, "gate_refused"),
+        ("rollout", 409, "rollout_conflict"),
+        ("version", 404, "unknown_version"),
+        ("damaged", 404, "unknown_version"),
+        ("full", 507, "storage_full"),
+        ("conflict", 500, "internal"),
+        ("surprise", 500, "internal"),
+    ],
+)
+def test_every_error_has_its_status_and_the_one_shape(name: str, status: int, code: str) -> None:
+    response = call("GET", f"/fail/{name}", headers={"x-request-id": "mine"})
+
+    assert response.status_code == status
+    error = error_of(response)
+    assert error["code"] == code
+    assert error["request_id"] == "mine"
+
+
+def test_an_unexpected_error_does_not_show_its_details() -> None:
+    assert "secret" not in call("GET", "/fail/surprise").text
+
+
+def test_overload_says_when_to_come_back() -> None:
+    assert call("GET", "/fail/overloaded").headers["retry-after"] == "1"
+    assert "retry-after" not in call("GET", "/fail/gate").headers
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "arguments", "status"),
+    [
+        ("GET", "/nowhere", {}, 404),
+        ("PATCH", "/upload", {}, 405),
+        ("POST", "/typed", {"json": {"number": "one"}}, 422),
+    ],
+)
+def test_the_frameworks_own_errors_have_the_same_shape(
+    method: str, path: str, arguments: dict[str, Any], status: int
+) -> None:
+    response = call(method, path, **arguments)
+
+    assert response.status_code == status
+    error_of(response)
+
+
+def test_open_inference_paths_get_that_protocols_shape() -> None:
+    response = call("GET", "/v2/fail/version")
+
+    assert response.status_code == 404
+    assert response.json() == {"error": "no such version"}

@@ -1,0 +1,327 @@
+"""The ``lifelong`` command: what it prints, what it writes, how it fails."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from lifelong_ray.cli import app, print_cycle_report
+from lifelong_ray.config import Config, StoreConfig, load_config
+from lifelong_ray.cycle import CycleReport
+from lifelong_ray.release import Check, GateReport, Intent, Manifest, Registry, ReleaseDesk
+from lifelong_ray.storage import Store, open_store
+from tests.conftest import free_port
+
+Run = Callable[..., Result]
+PASSED, REFUSED = (
+    GateReport(
+        passed=passed,
+        checks=(Check(name="accuracy", value=0.8, threshold=0.7, passed=passed, reason=reason),),
+        num_examples=10,
+    )
+    for passed, reason in ((True, "good"), (False, "bad"))
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("LIFELONG_STORE_URL", str(tmp_path / "store"))
+    return open_store(StoreConfig(url=str(tmp_path / "store")))
+
+
+@pytest.fixture
+def run(store: Store, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr("lifelong_ray.cli.console.width", 200)
+
+    def invoke(*arguments: str) -> Result:
+        return CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+    return invoke
+
+
+def clock() -> float:
+    return 1_700_000_000.0
+
+
+def register(
+    store: Store, version: str, parent: str | None = None, gate: GateReport | None = PASSED
+) -> None:
+    manifest = Manifest(
+        version=version,
+        parent=parent,
+        kind="update" if parent else "base",
+        path="fast" if parent else "base",
+        class_names=("a", "b"),
+        created_at_s=0.0,
+        run_id="run",
+        gate=gate,
+        metrics={"holdout_accuracy": 0.91},
+    )
+    Registry(store).register(manifest, {"model.safetensors": version.encode() * 100})
+
+
+def release(store: Store, version: str) -> None:
+    ReleaseDesk(store, clock).create_if_missing(version, actor="test")
+
+
+# ---------------------------------------------------------------- status, versions
+
+
+def test_status_of_an_empty_store_says_how_to_begin(run: Run) -> None:
+    result = run("status")
+
+    assert result.exit_code == 0
+    assert "none yet: train_job.py --base makes one" in result.stdout
+
+
+def test_status_names_the_stable_version_and_is_written_as_json(
+    run: Run, store: Store, tmp_path: Path
+) -> None:
+    register(store, "v1")
+    release(store, "v1")
+
+    result = run("status", "--out", str(tmp_path / "new" / "status.json"))
+
+    written = json.loads((tmp_path / "new" / "status.json").read_text())
+    assert "stable    v1" in result.stdout
+    assert written["stable"] == "v1"
+
+
+def test_the_operators_token_is_printed_alone(run: Run, store: Store) -> None:
+    result = run("status", "--token")
+
+    secrets = json.loads(store.read("secrets.json"))
+    assert result.stdout.strip() in secrets.values()
+
+
+def test_versions_are_listed_with_their_gate(run: Run, store: Store) -> None:
+    register(store, "v1")
+    register(store, "v1.1", "v1", gate=REFUSED)
+    register(store, "v1.2", "v1", gate=None)
+
+    lines = run("versions").stdout.splitlines()
+
+    row = {line.split()[1]: line for line in lines if "│ v1" in line}
+    assert "passed" in row["v1"]
+    assert "0.910" in row["v1"]
+    assert "refused" in row["v1.1"]
+    assert "refused" in row["v1.2"]
+
+
+# ---------------------------------------------------------------- promote, abort, rollback
+
+
+@pytest.mark.parametrize("verb", ["promote", "abort", "rollback"])
+def test_a_wish_on_an_empty_store_is_refused_in_one_line(run: Run, verb: str) -> None:
+    result = run(verb)
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: nothing is released yet")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["promote", "abort", "rollback"])
+def test_a_wish_without_a_rollout_is_refused(run: Run, store: Store, verb: str) -> None:
+    register(store, "v1")
+    release(store, "v1")
+
+    result = run(verb)
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert ReleaseDesk(store, clock).read()[0].intents == ()
+
+
+def test_a_wish_during_a_rollout_waits_for_the_controller(run: Run, store: Store) -> None:
+    register(store, "v1")
+    register(store, "v1.1", "v1")
+    release(store, "v1")
+    start = Intent(id="i", verb="start", actor="t", reason="", at_s=0.0, candidate="v1.1")
+    ReleaseDesk(store, clock).request(start)
+
+    result = run("abort", "--reason", "looks bad")
+
+    intents = ReleaseDesk(store, clock).read()[0].intents
+    assert result.exit_code == 0
+    assert [(i.verb, i.actor, i.reason) for i in intents[1:]] == [("abort", "cli", "looks bad")]
+
+
+# ---------------------------------------------------------------- init, doctor
+
+
+def test_init_writes_a_file_that_says_the_defaults(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "my.yaml"
+
+    result = run("init", str(path))
+
+    monkeypatch.delenv("LIFELONG_STORE_URL")
+    assert result.exit_code == 0
+    assert load_config(path) == Config()
+    assert set(yaml.safe_load(path.read_text())) == set(Config.model_fields)
+
+
+def test_init_overwrites_nothing(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("mine")
+
+    result = run("init", str(path))
+
+    assert result.exit_code == 2
+    assert "exists" in result.stderr
+    assert path.read_text() == "mine"
+
+
+def test_doctor_is_content_with_a_sound_store(run: Run, store: Store) -> None:
+    register(store, "v1")
+    release(store, "v1")
+
+    result = run("doctor")
+
+    assert result.exit_code == 0
+    assert "version v1: every file matches its checksum" in result.stdout
+    assert "stable: v1" in result.stdout
+
+
+def test_doctor_names_every_damaged_version_and_checks_the_others(
+    run: Run, store: Store, tmp_path: Path
+) -> None:
+    for version, parent in (("v1", None), ("v1.1", "v1"), ("v1.2", "v1")):
+        register(store, version, parent)
+    damaged = tmp_path / "store" / "versions" / "v1" / "model.safetensors"
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"\0" + damaged.read_bytes()[1:])
+    (tmp_path / "store" / "versions" / "v1.1" / "model.safetensors").unlink()
+
+    result = run("doctor")
+
+    assert result.exit_code == 1
+    assert "v1/model.safetensors has SHA-256" in result.stdout
+    assert "v1.1 lacks its file model.safetensors" in result.stdout
+    assert "version v1.2: every file matches" in result.stdout
+    assert "v1, v1.1 cannot be served" in result.stderr
+
+
+def test_doctor_misses_a_stable_version_that_is_gone(
+    run: Run, store: Store, tmp_path: Path
+) -> None:
+    register(store, "v1")
+    release(store, "v1")
+    (tmp_path / "store" / "versions" / "v1" / "manifest.json").unlink()
+
+    result = run("doctor")
+
+    assert result.exit_code == 1
+    assert "v1 cannot be served" in result.stderr
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("command", ["status", "versions", "doctor", "promote"])
+def test_an_unknown_key_is_answered_with_the_nearest(run: Run, command: str) -> None:
+    result = run(command, "--set", "serving.prot=1")
+
+    assert result.exit_code == 1
+    assert "unknown config key serving.prot; the nearest known key is port" in result.stderr
+
+
+def test_a_missing_config_file_is_named(run: Run) -> None:
+    result = run("status", "--config", "nowhere.yaml")
+
+    assert result.exit_code == 1
+    assert "nowhere.yaml does not exist" in result.stderr
+
+
+# ---------------------------------------------------------------- predict
+
+
+def test_predict_without_a_server_is_an_error_line(run: Run, tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    image.write_bytes(b"x")
+
+    result = run("predict", str(image), "--url", f"http://127.0.0.1:{free_port()}")
+
+    assert result.exit_code == 1
+    assert "does not answer POST /predict" in result.stderr
+
+
+def test_predict_of_a_missing_file_is_a_usage_error(run: Run) -> None:
+    result = run("predict", "nowhere.png")
+
+    assert result.exit_code == 2
+    assert "nowhere.png" in result.stderr
+
+
+# ---------------------------------------------------------------- demo
+
+
+def test_a_second_demo_does_not_mix_with_the_first(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out" / "store").mkdir(parents=True)
+
+    result = run("demo", "--out", str(tmp_path / "out"))
+
+    assert result.exit_code == 1
+    assert "holds an earlier demo" in result.stderr
+
+
+# ---------------------------------------------------------------- the report of a run
+
+
+def report(**changed: Any) -> CycleReport:
+    path = {
+        "holdout_accuracy": 0.9,
+        "validation_accuracy": None,
+        "train_seconds": 1.0,
+        "extra_seconds": 0.5,
+        "samples_seen": 1_000,
+        "gate_passed": True,
+    }
+    values: dict[str, Any] = {
+        "run_id": "run-1",
+        "kind": "update",
+        "version": "v1.1",
+        "parent": "v1",
+        "path": "fast",
+        "reason": "because",
+        "gate_passed": True,
+        "snapshot_id": "s",
+        "num_training": 1,
+        "num_validation": 1,
+        "num_holdout": 1,
+        "dropped": {},
+        "class_names": ("a", "b"),
+        "paths": {"fast": path},
+        "prepare_seconds": 0.1,
+        "gate": {},
+        "released": True,
+        "why_not_released": "",
+    }
+    return CycleReport(**(values | changed))
+
+
+def test_a_report_is_a_table_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "report.json"
+
+    print_cycle_report(report(), out)
+
+    printed = capsys.readouterr().out
+    assert "fast *" in printed
+    assert "1,000" in printed
+    assert "not offered" not in printed
+    assert json.loads(out.read_text())["class_names"] == ["a", "b"]
+
+
+def test_a_version_that_was_not_offered_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    print_cycle_report(report(released=False, why_not_released="v1.1 is on trial"), None)
+
+    assert "v1.1 is registered but not offered for release: v1.1 is on trial" in (
+        capsys.readouterr().out
+    )
