@@ -46,7 +46,9 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
 def main(
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
     data: Annotated[str, typer.Option(help="As in lifelong demo.")] = "digits",
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("benchmarks/results/demo.json"),
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path(
+        "benchmarks/results/demo.json"
+    ),
     pictures: Annotated[
         Path | None, typer.Option(help="Folder for the first seed's pictures.")
     ] = None,

@@ -160,7 +160,7 @@ class UpdateConfig(_Branch):
     )
     frozen_stages: int = Field(1, ge=0, description="Backbone stages the slow path leaves alone.")
     trainer: TrainerConfig = TrainerConfig(
-        epochs=4, batch_size=32, learning_rate=4e-3, max_shift_px=0
+        epochs=3, batch_size=32, learning_rate=4e-3, max_shift_px=0
     )
     ewc: EwcConfig = EwcConfig()
     distillation: DistillationConfig = DistillationConfig()
@@ -393,7 +393,10 @@ def load_config(path: str | Path | None = None, overrides: tuple[str, ...] = ())
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
-        _put(tree, key.split("."), yaml.safe_load(value))
+        try:
+            _put(tree, key.split("."), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of override {override!r} is not YAML: {error}") from None
     for variable, key in (
         ("LIFELONG_STORE_URL", "url"),
         ("LIFELONG_S3_ENDPOINT_URL", "endpoint_url"),

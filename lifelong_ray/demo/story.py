@@ -59,7 +59,7 @@ class Pace:
 
     rate: float = 40.0
     calm_s: float = 5.0
-    changed_s: float = 35.0
+    changed_s: float = 45.0
     num_operator: int = 80
 
 

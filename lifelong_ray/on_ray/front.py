@@ -237,7 +237,10 @@ class Front:
             pixels,
         )
         served = Served(request_id, answer, variant, audit)
-        if document.rollout is not None and (audit or assignment.shadow):
+        rollout = document.rollout
+        # Before its first share the candidate may still be loading: no answer of it is no evidence.
+        has_capacity = rollout is not None and (rollout.weight > 0 or rollout.shadow > 0)
+        if has_capacity and (audit or assignment.shadow):
             self._compare_later(document, served, pixels)
         return served
 
@@ -306,10 +309,11 @@ class Front:
     ) -> tuple[str, list[VersionAnswer]]:
         if assignment.variant == "candidate":
             candidate = assignment.version
-            asked = [self._ask_candidate(document, candidate, pixels) for pixels in images]
-            answers = [answer for answer in await asyncio.gather(*asked) if answer is not None]
-            if len(answers) == len(images):
-                return "candidate", answers
+            asked = (self._ask_candidate(document, candidate, pixels) for pixels in images)
+            try:
+                return "candidate", await asyncio.gather(*asked)
+            except Exception as error:  # noqa: BLE001 - whatever it is, stable answers instead
+                logger.warning("candidate %s did not answer: %r", candidate, error)
         stable = str(document.stable)
         return "stable", await asyncio.gather(*(self._ask_held(stable, p) for p in images))
 
@@ -325,22 +329,17 @@ class Front:
 
     async def _ask_candidate(
         self, document: ReleaseDocument, version: str, pixels: Pixels
-    ) -> VersionAnswer | None:
-        """The candidate's answer, or None: a failing candidate costs no user an answer."""
+    ) -> VersionAnswer:
         in_process = (
             document.rollout is not None
             and document.rollout.weight > self._config.rollout.slot_max_weight
         )
-        try:
-            if in_process and version in self._warm.names:
-                return await self._ask_held(version, pixels)
-            slot = asyncio.wait_for(
-                self._slot.ask(version, pixels), self._config.serving.slot_timeout_s
-            )
-            return await self._counted(version, slot)
-        except Exception as error:  # noqa: BLE001 - whatever it is, stable answers instead
-            logger.warning("candidate %s did not answer: %r", version, error)
-            return None
+        if in_process and version in self._warm.names:
+            return await self._ask_held(version, pixels)
+        slot = asyncio.wait_for(
+            self._slot.ask(version, pixels), self._config.serving.slot_timeout_s
+        )
+        return await self._counted(version, slot)
 
     async def _counted(self, version: str, asked: Awaitable[VersionAnswer]) -> VersionAnswer:
         try:
@@ -377,17 +376,18 @@ class Front:
     async def _compare(self, document: ReleaseDocument, served: Served, pixels: Pixels) -> None:
         rollout = document.rollout
         assert rollout is not None
+        stable, candidate = served.answer, None
         try:
             if served.variant == "candidate":
-                stable = await self._ask_held(str(document.stable), pixels)
-                candidate: VersionAnswer | None = served.answer
+                stable, candidate = await self._ask_held(str(document.stable), pixels), stable
             else:
-                stable = served.answer
                 candidate = await self._ask_candidate(document, rollout.candidate, pixels)
         except Exception as error:  # noqa: BLE001 - a comparison may never hurt the front
-            self.dropped_comparisons += 1
-            logger.warning("comparison dropped: %r", error)
-            return
+            if served.variant == "candidate" or isinstance(error, OverloadedError):
+                self.dropped_comparisons += 1
+                logger.warning("comparison dropped: %r", error)
+                return
+            logger.warning("candidate %s did not answer: %r", rollout.candidate, error)
         self.log.log_comparison(
             Comparison(
                 request_id=served.request_id,

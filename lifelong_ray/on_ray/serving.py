@@ -601,7 +601,7 @@ def require_free_port(host: str, port: int) -> None:
         except OSError as error:
             raise ServingError(
                 f"port {port} on {host} cannot be used ({error.strerror}); stop what listens "
-                "there or choose another with --set serving.port=PORT"
+                "there or choose another serving.port"
             ) from None
 
 

@@ -29,6 +29,7 @@ from lifelong_ray.types import LearningError
 logger = logging.getLogger(__name__)
 
 _STATE = "state.safetensors"
+_own_folders: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def ensure_ray(config: Config, *, own: bool = False) -> None:
@@ -47,11 +48,23 @@ def ensure_ray(config: Config, *, own: bool = False) -> None:
         "log_to_driver": False,
     }
     needed = int(config.training.num_workers * config.training.cpus_per_worker) + 1
-    num_cpus = max(os.cpu_count() or 1, needed)
-    try:
-        ray.init(address="local" if own else None, num_cpus=num_cpus, **options)
-    except ValueError:
-        ray.init(**options)  # a cluster runs already, and knows how many CPUs it has
+    if own:
+        # A folder of its own: a job of a Ray that shares /tmp/ray with a later one is sent to
+        # the later one. Short, since paths of Unix sockets may have 107 characters.
+        _own_folders.append(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, needed),
+            _temp_dir=_own_folders[-1].name,
+            **options,
+        )
+    elif os.environ.get("RAY_ADDRESS") or needed <= (os.cpu_count() or 1):
+        ray.init(**options)
+    else:
+        try:
+            ray.init(num_cpus=needed, **options)
+        except ValueError:  # a cluster runs on this machine, and knows how many CPUs it has
+            ray.init(**options)
 
 
 def fit_on_ray(job: FitJob) -> FitOutcome:
@@ -149,3 +162,5 @@ def _wake_torch() -> None:
 def stop_ray() -> None:
     """Disconnect, and stop a Ray that `ensure_ray` started."""
     ray.shutdown()
+    while _own_folders:
+        _own_folders.pop().cleanup()

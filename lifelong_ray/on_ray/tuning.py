@@ -98,7 +98,11 @@ def _try(turn: Turn, config: Config) -> dict[str, float]:
     judged = judge(slow.files, turn.job.parent_files, turn.holdout, config)
     retention = judged.check("retention") or 0.0
     plasticity = slow.report["validation_accuracy"]
-    assert isinstance(plasticity, float), "an update with new examples has validation"
+    if not isinstance(plasticity, float):
+        raise LearningError(
+            "a sweep needs validation examples to compare its trials by; "
+            "set learning.update.validation_share above 0"
+        )
     # Optuna learns from one number: what is learned, less what the limit is missed by.
     missed = max(0.0, config.tuning.min_retention - retention)
     return {

@@ -100,7 +100,8 @@ def images() -> dict[str, bytes]:
 def until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline_s, f"{what} did not happen within {timeout_s} s"
+        if time.monotonic() > deadline_s:
+            pytest.fail(f"{what} did not happen within {timeout_s} s")
         time.sleep(0.05)
 
 

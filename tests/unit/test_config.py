@@ -152,3 +152,15 @@ def leaf_keys(tree: object, path: str = "") -> Iterator[str]:
             yield from leaf_keys(value, f"{path}.{key}" if path else key)
     else:
         yield path
+
+
+def test_a_setting_of_a_section_leaves_its_neighbours_at_their_defaults():
+    config = load_config(None, ("learning.update.trainer.precision=bf16",))
+
+    expected = Config().learning.update.trainer.model_copy(update={"precision": "bf16"})
+    assert config.learning.update.trainer == expected
+
+
+def test_an_override_that_is_not_yaml_is_named():
+    with pytest.raises(ConfigError, match=r"'serving.port=\[' is not YAML"):
+        load_config(None, ("serving.port=[",))

@@ -86,7 +86,7 @@ def test_the_world_is_decided_by_the_seed(part: str) -> None:
 def test_too_few_classes_or_images_are_refused() -> None:
     with pytest.raises(DataError, match=r"at least 4 classes, got \['a', 'b', 'c'\]"):
         make_world(source(("a", "b", "c")), 0, num_operator=20)
-    with pytest.raises(DataError, match="class a has 12 images; the demo needs 20"):
+    with pytest.raises(DataError, match=r"class a has [0-9]+ images; the demo needs 20"):
         make_world(source(num_each=15), 0, num_operator=20)
 
 

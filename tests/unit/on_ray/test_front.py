@@ -308,13 +308,9 @@ class Breakable(warm.Predictor):
     broken: bool = False
 
     def predict(self, images: Any) -> Any:
-        if Breakable.broken and self.learner.class_names != CLASSES:
+        if Breakable.broken and self.class_names != CLASSES:
             raise RuntimeError("device lost")
         return super().predict(images)
-
-    def __init__(self, learner: Any) -> None:
-        super().__init__(learner)
-        self.learner = learner
 
 
 def test_a_candidate_that_fails_in_process_costs_no_answer_and_counts_once(
@@ -417,6 +413,31 @@ def test_waiting_comparisons_are_bounded_and_what_is_dropped_is_counted(
         await until(lambda: scene.slot.num_asked == 4)
 
     run(play, store, settings(**bound))
+
+
+def test_a_candidate_that_is_still_loading_is_not_compared(store: MemoryStore) -> None:
+    add_version(store)
+
+    async def play(scene: Scene) -> None:
+        await scene.change(rollout=rollout_of("v1.1"))
+        await scene.answer("low", override="always")
+        await asyncio.sleep(0.05)
+        assert scene.slot.num_asked == 0
+
+    run(play, store, settings(feedback={"audit_share": 1.0}))
+
+
+def test_an_overloaded_slot_is_no_evidence_against_its_version(store: MemoryStore) -> None:
+    add_version(store)
+
+    async def play(scene: Scene) -> None:
+        await scene.change(rollout=rollout_of("v1.1", shadow=1.0))
+        await scene.answer("low")
+        await until(lambda: scene.front.dropped_comparisons == 1)
+
+    run(play, store, slot=FakeSlot(OverloadedError("full")))
+
+    assert not read_comparisons(store, take_snapshot(store, 0.0)).rows
 
 
 def test_without_a_rollout_nothing_is_compared(store: MemoryStore) -> None:
