@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SCRIPTS := $(wildcard *.py)
+# One word for the shell, whatever spaces and quotes it holds.
+quoted = '$(subst ','\'',$(1))'
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
@@ -30,7 +32,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED) ## the whole loop on real images: OUT=runs/demo SEED=0 [DATA=source]
-	$(BIN)/lifelong demo --out $(OUT) --seed $(SEED) $(if $(DATA),--data $(DATA))
+	$(BIN)/lifelong demo --out $(call quoted,$(OUT)) \
+	  --seed $(call quoted,$(SEED)) $(if $(DATA),--data $(call quoted,$(DATA)))
 
 # Serve reads these two when it starts, so they cannot come from the application.
 serve: $(INSTALLED) ## the HTTP application on this machine: [ARGS="config=conf/local.yaml"]

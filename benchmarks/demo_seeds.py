@@ -34,6 +34,11 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("update, seconds of learning", "incremental_seconds", ""),
     ("full retraining, seconds of learning", "full_retrain_seconds", ""),
     ("cost share in seconds", "cost_share", "at most 0.2"),
+    (
+        "full retraining, seconds until as good as the update",
+        "full_retrain_seconds_to_update_accuracy",
+        "",
+    ),
     ("cost share in samples", "cost_share_samples", "at most 0.3"),
     ("requests", "requests_total", ""),
     ("failed requests", "requests_failed", "0"),
@@ -64,7 +69,7 @@ def main(
                     *(str(Path(sys.executable).parent / "lifelong"), "demo"),
                     *("--out", str(demo), "--seed", str(seed), "--data", data),
                 ],
-                check=True,
+                check=False,  # a missed aim is a figure too
             )
             reports.append(json.loads((demo / "report.json").read_text(encoding="utf-8")))
             if pictures is not None and len(reports) == 1:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lifelong_ray.client import LifelongClient
 from lifelong_ray.config import default_file, load_config
@@ -28,7 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console()
+# Names, paths and messages are printed as they are: [b], :+1: and numbers mean nothing here.
+console = Console(markup=False, emoji=False, highlight=False)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="YAML file; see conf/local.yaml.")
@@ -45,7 +47,8 @@ def reported_errors() -> Iterator[None]:
     try:
         yield
     except LifelongError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        line = Text.assemble(("error:", "red"), f" {error}")
+        Console(stderr=True).print(line, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
@@ -74,12 +77,11 @@ def print_cycle_report(report: CycleReport, out: Path | None) -> None:
             "passed" if values["gate_passed"] else "refused",
         )
     console.print(table)
-    console.print(f"run {report.run_id}: {report.reason}", highlight=False, soft_wrap=True)
+    console.print(f"run {report.run_id}: {report.reason}", soft_wrap=True)
     if not report.released:
         console.print(
             f"{report.version} is registered but not offered for release: "
             f"{report.why_not_released}",
-            highlight=False,
             soft_wrap=True,
         )
 
@@ -98,26 +100,45 @@ def demo(
 ) -> None:
     """Run the whole loop on real images and report what it did."""
     from lifelong_ray.demo.report import print_table, write_reports
-    from lifelong_ray.demo.story import Pace, demo_config, tell_story
+    from lifelong_ray.demo.story import Pace, aims, demo_config, tell_story
 
     started_s = time.monotonic()
 
     def say(what: str) -> None:
-        console.print(f"[dim]{time.monotonic() - started_s:6.1f} s[/dim]  {what}", highlight=False)
-        spinner.update(what)
+        passed = f"{time.monotonic() - started_s:6.1f} s"
+        console.print(Text.assemble((passed, "dim"), f"  {what}"))
+        spinner.update(Text(what))  # a plain string would be read as markup
 
     with reported_errors(), console.status("starting") as spinner:
-        if (out / "store").exists():
-            raise LifelongError(
-                f"{out / 'store'} holds an earlier demo; remove {out} or choose another --out"
-            )
+        # The Makefile quotes what it passes on, so that no shell has expanded a ~.
+        out, data = out.expanduser(), os.path.expanduser(data)  # noqa: PTH111 - may be no path
+        _make_demo_folder(out)
         config = demo_config(out, seed=seed, data=data, overrides=tuple(set_ or ()))
         pace = Pace(calm_s=3, changed_s=20) if short else Pace()
         story = tell_story(config, out, seed=seed, pace=pace, say=say)
         paths = write_reports(story, out)
         print_table(story.figures, console)
         for path in paths:
-            console.print(str(path), highlight=False)
+            console.print(str(path))
+        default = data == "digits" and not short and not set_
+        missed = [a for a in aims(story.figures) if not a.met and (a.always or default)]
+        if missed:
+            shown = ", ".join(f"{a.figure} is not {a.bound}" for a in missed)
+            raise LifelongError(f"the demo did not show what it should: {shown}")
+
+
+def _make_demo_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        has_demo = (out / "store").exists()
+    except OSError as error:
+        raise LifelongError(
+            f"--out {out} cannot be used as a folder ({error.strerror}); choose another"
+        ) from None
+    if has_demo:
+        raise LifelongError(
+            f"{out / 'store'} holds an earlier demo; remove {out} or choose another --out"
+        )
 
 
 @app.command()
@@ -129,7 +150,7 @@ def init(
         raise typer.BadParameter(f"{path} exists; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(default_file(), encoding="utf-8")
-    console.print(f"wrote {path}", highlight=False)
+    console.print(f"wrote {path}")
 
 
 @app.command()
@@ -151,7 +172,7 @@ def status(
         document, _ = ReleaseDesk(store, time.time).read()
         write_json(out, document.model_dump(mode="json"))
         rollout = document.rollout
-        console.print(f"store     {store.url}", highlight=False, soft_wrap=True)
+        console.print(f"store     {store.url}", soft_wrap=True)
         console.print(f"stable    {document.stable or 'none yet: train_job.py --base makes one'}")
         console.print(f"previous  {document.previous or '-'}")
         if rollout is None:
@@ -202,7 +223,7 @@ def _ask(
             }
         )
         ReleaseDesk(store, time.time).request(intent)
-        console.print(f"{verb} asked for; the rollout controller carries it out", highlight=False)
+        console.print(f"{verb} asked for; the rollout controller carries it out")
 
 
 @app.command()
@@ -237,7 +258,7 @@ def doctor(config: ConfigOption = None, set_: SetOption = None) -> None:
         settings = load_config(config, tuple(set_ or ()))
         console.print("configuration: good")
         store = open_store(settings.store)
-        console.print(f"store {store.url}: reachable", highlight=False, soft_wrap=True)
+        console.print(f"store {store.url}: reachable", soft_wrap=True)
         document, _ = ReleaseDesk(store, time.time).read()
         console.print(f"stable: {document.stable or 'none yet'}")
         registry = Registry(store)
@@ -247,9 +268,9 @@ def doctor(config: ConfigOption = None, set_: SetOption = None) -> None:
                 registry.load(name)
             except VersionError as error:
                 damaged.append(name)
-                console.print(f"version {name}: {error}", highlight=False, soft_wrap=True)
+                console.print(f"version {name}: {error}", soft_wrap=True)
             else:
-                console.print(f"version {name}: every file matches its checksum", highlight=False)
+                console.print(f"version {name}: every file matches its checksum")
         if document.stable is not None and document.stable not in registry.versions():
             damaged.append(document.stable)
         if damaged:
@@ -269,8 +290,7 @@ def predict(
         suffix = image.suffix.lower().lstrip(".").replace("jpg", "jpeg")
         answer = client.predict(image.read_bytes(), f"image/{suffix}")
         console.print(
-            f"{answer.class_name}  confidence {answer.confidence:.3f}  {answer.model_version}",
-            highlight=False,
+            f"{answer.class_name}  confidence {answer.confidence:.3f}  {answer.model_version}"
         )
 
 

@@ -24,7 +24,7 @@ PositiveSeconds = Annotated[float, Field(gt=0)]
 
 
 class _Branch(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class StoreConfig(_Branch):
@@ -158,7 +158,7 @@ class UpdateConfig(_Branch):
     validation_share: Share = Field(
         0.2, description="Share of the new examples that chooses between the paths."
     )
-    frozen_stages: int = Field(1, ge=0, description="Backbone stages the slow path leaves alone.")
+    frozen_stages: int = Field(2, ge=0, description="Backbone stages the slow path leaves alone.")
     trainer: TrainerConfig = TrainerConfig(
         epochs=3, batch_size=32, learning_rate=4e-3, max_shift_px=0
     )
@@ -373,7 +373,7 @@ def load_config(path: str | Path | None = None, overrides: tuple[str, ...] = ())
         overrides: ``section.key=value`` strings; values are YAML.
 
     Raises:
-        ConfigError: If the file is missing or a key or value is not acceptable; an
+        ConfigError: If the file cannot be read or a key or value is not acceptable; an
             unknown key is answered with the nearest known one.
     """
     tree: dict[str, Any] = {}
@@ -384,6 +384,10 @@ def load_config(path: str | Path | None = None, overrides: tuple[str, ...] = ())
             raise ConfigError(
                 f"config file {path} does not exist; conf/local.yaml is the one to start from"
             ) from None
+        except OSError as error:
+            raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"config file {path} is not UTF-8 text: {error}") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"config file {path} is not YAML: {error}") from None
         if loaded is not None and not isinstance(loaded, dict):

@@ -152,6 +152,8 @@ def _from_arrays(x: NDArray[Any], y: NDArray[Any], where: str) -> LabelledImages
         raise DataError(f"{where} has {len(x)} images and labels of shape {y.shape}")
     if len(x) == 0:
         raise DataError(f"{where} holds no images")
+    if x.dtype.kind not in "biuf":
+        raise DataError(f"{where} has images of {x.dtype}; expected numbers")
     if x.dtype != np.uint8:
         x = np.asarray(x, dtype=np.float64)
         if not np.isfinite(x).all():
@@ -164,14 +166,19 @@ def _from_arrays(x: NDArray[Any], y: NDArray[Any], where: str) -> LabelledImages
 
 
 def _class_names(y: NDArray[Any], where: str) -> tuple[str, ...]:
-    """Labels as text; numbers must be whole."""
+    """Labels as text; numbers must be whole, text must not be empty."""
+    if y.dtype.kind not in "biufSU":
+        raise DataError(f"{where} has labels of {y.dtype}; expected whole numbers or text")
     if y.dtype.kind == "S":
         y = np.char.decode(y, "utf-8")
     elif y.dtype.kind == "f":
         if not np.isfinite(y).all() or (y != np.rint(y)).any():
             raise DataError(f"{where} has labels that are not whole numbers; give each its class")
         y = y.astype(np.int64)
-    return tuple(str(label) for label in y.tolist())
+    names = tuple(str(label) for label in y.tolist())
+    if not all(name.strip() for name in names):
+        raise DataError(f"{where} has an empty label; give each image its class")
+    return names
 
 
 def _folder(path: Path) -> LabelledImages:

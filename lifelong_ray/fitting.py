@@ -26,6 +26,7 @@ from lifelong_ray.learning import (
     Learner,
     fit_base,
     fit_fast,
+    fit_full,
     fit_slow,
 )
 from lifelong_ray.types import DataError, Json
@@ -54,7 +55,8 @@ class FitJob:
     """Everything a training needs, in one value that travels to a worker.
 
     Attributes:
-        kind: ``base`` starts from nothing; ``update`` continues `parent_files`.
+        kind: ``base`` starts from nothing; ``update`` continues `parent_files`; ``full`` is
+            the yardstick, a base training that measures both heads after every epoch.
         run_id: Names the run and its checkpoints.
         class_names: All classes; an update's begin with its parent's.
         training: What may be learned from.
@@ -63,7 +65,7 @@ class FitJob:
         config: The whole tree.
     """
 
-    kind: Literal["base", "update"]
+    kind: Literal["base", "update", "full"]
     run_id: str
     class_names: tuple[str, ...]
     training: Arrays
@@ -133,8 +135,9 @@ def run_fit(job: FitJob, collective: Collective, clock: Clock, progress: Progres
         progress.on_epoch(report, checkpoint)
         return False  # never stop early
 
-    if job.kind == "base":
-        fit = fit_base(
+    if job.kind != "update":
+        from_nothing = fit_base if job.kind == "base" else fit_full
+        fit = from_nothing(
             *training,
             class_names=job.class_names,
             model_config=job.config.model,
@@ -146,7 +149,7 @@ def run_fit(job: FitJob, collective: Collective, clock: Clock, progress: Progres
             resume=progress.resume,
             on_epoch=on_epoch,
         )
-        return FitOutcome({"base": _fitted(fit)}, "a base training starts a family")
+        return FitOutcome({job.kind: _fitted(fit)}, "a base training starts a family")
     if job.parent_files is None:
         raise DataError("an update needs its parent's files")
     parent = Learner.from_files(job.parent_files)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from lifelong_ray.demo.story import Story
+from lifelong_ray.demo.story import Story, aims
 from lifelong_ray.demo.traffic import SentRequest
 
 mpl.use("Agg")
@@ -51,24 +51,27 @@ def print_table(figures: Mapping[str, Any], console: Console) -> None:
     table.add_column("measured", justify="right")
     table.add_column("aim", justify="right")
     f = figures
+    bounds = {aim.figure: f"{aim.bound} {'✓' if aim.met else '✗'}" for aim in aims(f)}
+    rollback = f"{f['rollback_seconds']:.2f} s" if "rollback_seconds" in f else "-"
+    level = f["full_retrain_seconds_to_update_accuracy"]
     rows = (
-        ("stable", f"{f['base_version']} → {f['promoted_version']}", ""),
+        ("stable", f"{f['base_version']} → {f['promoted_version']}", "promoted_version"),
         ("learned by", f"{f['update_path']} path", ""),
         (
             "old classes, as before",
             f"{f['old_class_accuracy_before']:.3f} → {f['old_class_accuracy_after']:.3f}",
             "",
         ),
-        ("retention", f"{f['retention']:.3f}", "≥ 0.95"),
+        ("retention", f"{f['retention']:.3f}", "retention"),
         (
             "old classes, drifted",
             f"{f['drifted_old_class_accuracy_before']:.3f} → "
             f"{f['drifted_old_class_accuracy_after']:.3f}",
             "",
         ),
-        ("new classes", f"{f['new_class_accuracy']:.3f}", "≥ 0.90"),
+        ("new classes", f"{f['new_class_accuracy']:.3f}", "new_class_accuracy"),
         (
-            "all of it, against full retraining",
+            "all of it, against retraining",
             f"{f['all_accuracy_after']:.3f} against {f['full_retrain_accuracy']:.3f}",
             "",
         ),
@@ -76,25 +79,34 @@ def print_table(figures: Mapping[str, Any], console: Console) -> None:
             "cost in seconds",
             f"{f['incremental_seconds']:.1f} of {f['full_retrain_seconds']:.1f} = "
             f"{f['cost_share']:.3f}",
-            "≤ 0.2",
+            "cost_share",
         ),
         (
             "cost in samples",
             f"{f['incremental_samples_seen']:,} of {f['full_retrain_samples_seen']:,} = "
             f"{f['cost_share_samples']:.3f}",
-            "≤ 0.3",
+            "cost_share_samples",
         ),
-        ("failed requests", f"{f['requests_failed']} of {f['requests_total']:,}", "0"),
+        (
+            "retraining as good as the update",
+            "never" if level is None else f"after {level:.1f} s",
+            "",
+        ),
+        (
+            "failed requests",
+            f"{f['requests_failed']} of {f['requests_total']:,}",
+            "requests_failed",
+        ),
         (
             "damaged candidate",
             f"{f['bad_candidate_gate']} by the gate, {f['bad_candidate_outcome']} past it",
-            "aborted",
+            "bad_candidate_outcome",
         ),
-        ("rollback", f"{f['rollback_seconds']:.2f} s" if "rollback_seconds" in f else "-", ""),
-        ("all in", f"{f['wall_seconds']:.0f} s", "< 300 s"),
+        ("rollback", rollback, ""),
+        ("all in", f"{f['wall_seconds']:.0f} s", "wall_seconds"),
     )
-    for row in rows:
-        table.add_row(*row)
+    for what, measured, figure in rows:
+        table.add_row(what, measured, bounds.get(figure, ""))
     console.print(table)
 
 

@@ -1,8 +1,8 @@
 """The client process of the demo: sends images at a steady rate and labels some answers.
 
 Runs as ``python -m lifelong_ray.demo.traffic``; knows the API and the true labels,
-nothing else. Takes ``change`` and ``stop`` on standard input, writes one JSON line
-per request to ``--log``.
+nothing else. Takes the name of the pool to send from, or ``stop``, on standard input;
+writes one JSON line per request to ``--log``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lifelong_ray.datasets import LabelledImages
 from lifelong_ray.demo.world import as_png
 
 _TIMEOUT_S = 30.0
+POOLS = ("calm", "changed", "later")
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,15 @@ class SentRequest:
     failure: str
 
 
-def save_pools(path: Path, calm: LabelledImages, changed: LabelledImages) -> None:
-    """Write both pools as encoded images for the client process."""
+def save_pools(
+    path: Path, calm: LabelledImages, changed: LabelledImages, later: LabelledImages
+) -> None:
+    """Write the pools as encoded images for the client process."""
     pools = {
         name: [
             (as_png(image).hex(), label) for image, label in zip(p.images, p.labels, strict=True)
         ]
-        for name, p in (("calm", calm), ("changed", changed))
+        for name, p in zip(POOLS, (calm, changed, later), strict=True)
     }
     path.write_text(json.dumps(pools), encoding="utf-8")
 
@@ -106,7 +109,7 @@ class _Client:
                     labelled = answer.status_code == 202
                     if not labelled:
                         failure = f"feedback {answer.status_code}: {answer.text[:200]}"
-        except httpx.HTTPError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, this request failed
             failure = f"{type(error).__name__}: {error}"
         row = SentRequest(
             at_s=time.time(),
@@ -124,31 +127,46 @@ class _Client:
         self._log.flush()
 
 
+@dataclass
+class _Orders:
+    """What the parent process wants; written by a thread, read by the sender."""
+
+    pool: str = POOLS[0]
+    stopped: bool = False
+
+    def listen(self) -> None:
+        """Follow standard input until told to stop, or until the parent is gone."""
+        for line in sys.stdin:
+            if line.strip() in POOLS:
+                self.pool = line.strip()
+            elif line.strip() == "stop":
+                break
+        self.stopped = True
+
+
 async def _send_steadily(
     url: str,
     pools: dict[str, list[tuple[bytes, str]]],
     log: TextIO,
+    orders: _Orders,
     *,
     rate: float,
     correct_share: float,
     seed: int,
-    changed: threading.Event,
-    stopped: threading.Event,
 ) -> None:
     rng = np.random.default_rng(seed)
-    positions = {"calm": 0, "changed": 0}
-    orders = {name: rng.permutation(len(pool)) for name, pool in pools.items()}
+    positions = dict.fromkeys(POOLS, 0)
+    sequences = {name: rng.permutation(len(pool)) for name, pool in pools.items()}
     limits = httpx.Limits(max_connections=64)
     async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, limits=limits) as http:
         client = _Client(http, log, rng, correct_share)
         under_way: set[asyncio.Task[None]] = set()
         due_s = time.monotonic()
-        while not stopped.is_set():
-            name = "changed" if changed.is_set() else "calm"
-            pool = pools[name]
-            image, label = pool[orders[name][positions[name] % len(pool)]]
+        while not orders.stopped:
+            name = orders.pool
+            image, label = pools[name][sequences[name][positions[name] % len(pools[name])]]
             positions[name] += 1
-            task = asyncio.create_task(client.send(image, label, changed=changed.is_set()))
+            task = asyncio.create_task(client.send(image, label, changed=name != POOLS[0]))
             under_way.add(task)
             task.add_done_callback(under_way.discard)
             due_s = max(due_s + 1 / rate, time.monotonic() - 1.0)
@@ -171,28 +189,12 @@ def main(
         name: [(bytes.fromhex(image), label) for image, label in pool]
         for name, pool in json.loads(pools.read_text(encoding="utf-8")).items()
     }
-    changed, stopped = threading.Event(), threading.Event()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            if line.strip() == "change":
-                changed.set()
-            elif line.strip() == "stop":
-                break
-        stopped.set()  # also when the parent went away
-
-    threading.Thread(target=listen, daemon=True).start()
+    orders = _Orders()
+    threading.Thread(target=orders.listen, daemon=True).start()
     with log.open("a", encoding="utf-8") as out:
         asyncio.run(
             _send_steadily(
-                url,
-                loaded,
-                out,
-                rate=rate,
-                correct_share=correct_share,
-                seed=seed,
-                changed=changed,
-                stopped=stopped,
+                url, loaded, out, orders, rate=rate, correct_share=correct_share, seed=seed
             )
         )
 

@@ -22,7 +22,10 @@ _MAX_TRAIN = 4_000
 _MAX_TEST = 600
 _TURN_DEGREES = (0.0, 60.0)
 _DARKEST = 0.4
-_LOOKS_PER_IMAGE = 3
+_LOOKS_IN_TRAFFIC = 4
+_LOOKS_IN_TEST = 3
+_OLD_SHARES = {"base": 0.5, "calm": 0.0625, "changed": 0.3125, "later": 0.125}
+_NEW_SHARES = {"changed": 0.75, "later": 0.25}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class World:
         new_classes: Appear with the change.
         base: Old classes as they used to look, for base training.
         calm_traffic: Old classes as they used to look.
-        changed_traffic: All classes as they look after the change.
+        changed_traffic: All classes after the change, until the update.
+        later_traffic: Other images of all classes after the change, from the update on.
         operator: New classes after the change, to be labelled by an operator.
         test_old: Old classes as they used to look; never sent.
         test_drifted: Old classes after the change; never sent.
@@ -46,6 +50,7 @@ class World:
     base: LabelledImages
     calm_traffic: LabelledImages
     changed_traffic: LabelledImages
+    later_traffic: LabelledImages
     operator: LabelledImages
     test_old: LabelledImages
     test_drifted: LabelledImages
@@ -56,7 +61,8 @@ def make_world(source: DataSource, seed: int, *, num_operator: int) -> World:
     """Split a source into the images of the demo.
 
     The last fifth of the classes (at least one) is unseen at first. Half of the
-    training part of the old classes is for base training; the rest is traffic.
+    training part of the old classes is for base training; the rest is traffic, before
+    the update and after it with other images.
 
     Args:
         source: Any labelled images of at least four classes.
@@ -74,10 +80,7 @@ def make_world(source: DataSource, seed: int, *, num_operator: int) -> World:
     old, new = names[:-num_new], names[-num_new:]
     train = _sample(source.train, _MAX_TRAIN, rng)
     test = _sample(source.test, _MAX_TEST, rng)
-    base: list[int] = []
-    calm: list[int] = []
-    changed: list[int] = []
-    operator: list[int] = []
+    parts: dict[str, list[int]] = {part: [] for part in (*_OLD_SHARES, "operator")}
     for name in names:
         members = [i for i, label in enumerate(train.labels) if label == name]
         if len(members) < _MIN_PER_CLASS:
@@ -85,26 +88,32 @@ def make_world(source: DataSource, seed: int, *, num_operator: int) -> World:
                 f"class {name} has {len(members)} images; the demo needs {_MIN_PER_CLASS}"
             )
         members = rng.permutation(members).tolist()
+        shares = _OLD_SHARES
         if name in new:
             num_labelled = min(max(8, num_operator // num_new), len(members) // 2)
-            operator += members[:num_labelled]
-            changed += members[num_labelled:]
-        else:
-            half, most = len(members) // 2, 5 * len(members) // 8
-            base += members[:half]
-            calm += members[half:most]
-            changed += members[most:]
+            parts["operator"] += members[:num_labelled]
+            members, shares = members[num_labelled:], _NEW_SHARES
+        first = 0
+        for part, share in shares.items():
+            last = first + max(1, round(share * len(members)))
+            parts[part] += members[first:last]
+            first = last
     return World(
         old_classes=old,
         new_classes=new,
-        base=train.take(base),
-        calm_traffic=train.take(calm),
-        changed_traffic=change(train.take(changed).repeated(_LOOKS_PER_IMAGE), rng),
-        operator=change(train.take(operator), rng),
+        base=train.take(parts["base"]),
+        calm_traffic=train.take(parts["calm"]),
+        changed_traffic=_changed(train.take(parts["changed"]), _LOOKS_IN_TRAFFIC, rng),
+        later_traffic=_changed(train.take(parts["later"]), 2 * _LOOKS_IN_TRAFFIC, rng),
+        operator=_changed(train.take(parts["operator"]), 1, rng),
         test_old=test.of_classes(old),
-        test_drifted=change(test.of_classes(old).repeated(_LOOKS_PER_IMAGE), rng),
-        test_new=change(test.of_classes(new).repeated(_LOOKS_PER_IMAGE), rng),
+        test_drifted=_changed(test.of_classes(old), _LOOKS_IN_TEST, rng),
+        test_new=_changed(test.of_classes(new), _LOOKS_IN_TEST, rng),
     )
+
+
+def _changed(images: LabelledImages, looks: int, rng: np.random.Generator) -> LabelledImages:
+    return change(images.repeated(looks), rng)
 
 
 def change(images: LabelledImages, rng: np.random.Generator) -> LabelledImages:

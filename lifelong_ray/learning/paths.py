@@ -143,8 +143,9 @@ def fit_full(
 ) -> Fit:
     """Retrain from nothing on everything: the yardstick of the updates.
 
-    The same as `fit_base`; each epoch's report has the accuracy, the seconds and the
-    samples from which the cost of reaching some accuracy follows.
+    The same training as `fit_base`. Each epoch's report has the accuracy of the better of
+    both heads, as an update too may answer with either, and the seconds and samples from
+    which the cost of reaching some accuracy follows. The seconds leave out the head's sums.
     """
     return _fit_from_nothing(
         "full",
@@ -411,6 +412,23 @@ def _fit_from_nothing(
     )
     model.projection_DM = projection(model.num_features, num_random_features, config.seed)
     model.to(device)
+
+    def with_analytic_head() -> AnalyticSums:
+        model.eval()
+        features_NM = in_chunks(lambda x: _random_features(model, x, 0), images)
+        sums = _sums(features_NM, labels, len(names), None, group)
+        model.analytic_MC = sums.solve(config.analytic.ridge).to(device)
+        return sums
+
+    def measured(so_far: Classifier) -> float:
+        assert validation is not None
+        if path == "base":
+            return _accuracy(so_far, validation)
+        with_analytic_head()
+        score = _choose_head(so_far, validation, prefer="linear")[1]
+        so_far.active_head = "linear"
+        return score
+
     trained = train(
         model,
         images,
@@ -419,15 +437,12 @@ def _fit_from_nothing(
         seed=config.seed,
         clock=clock,
         collective=group,
-        validate=None if validation is None else lambda m: _accuracy(m, validation),
+        validate=None if validation is None else measured,
         resume=resume,
         on_epoch=on_epoch,
     )
     extra_began_s = clock()
-    model.eval()
-    features_NM = in_chunks(lambda x: _random_features(model, x, 0), images)
-    sums = _sums(features_NM, labels, len(names), None, group)
-    model.analytic_MC = sums.solve(config.analytic.ridge).to(device)
+    sums = with_analytic_head()
     temperature, score = 1.0, None
     if validation is not None:
         temperature, score = _choose_head(model, validation, prefer="linear")

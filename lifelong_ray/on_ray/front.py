@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MAX_LABEL_CHARS = 200
+MAX_REASON_CHARS = 500
 
 
 class NoVersionError(ServingError):
@@ -444,12 +445,33 @@ def clean_label(label: object) -> str:
         ValueError: If it is not a string of 1 to `MAX_LABEL_CHARS` printable characters.
     """
     text = label.strip() if isinstance(label, str) else ""
-    if not text or len(text) > MAX_LABEL_CHARS or not text.isprintable():
+    # U+FFFD stands where bytes of a URL were not UTF-8; what was meant is lost.
+    is_readable = text.isprintable() and "\N{REPLACEMENT CHARACTER}" not in text
+    if not text or len(text) > MAX_LABEL_CHARS or not is_readable:
         raise ValueError(
             f"label must be a printable string of 1 to {MAX_LABEL_CHARS} characters, "
             f"got {label!r:.80}"
         )
     return text
+
+
+def clean_reason(reason: object) -> str:
+    """An operator's reason as the audit keeps it; may be empty.
+
+    Raises:
+        ValueError: If it is not a string of at most `MAX_REASON_CHARS` characters, or holds
+            lone surrogates, which no file can store.
+    """
+    if (
+        isinstance(reason, str)
+        and len(reason) <= MAX_REASON_CHARS
+        and not any("\ud800" <= character <= "\udfff" for character in reason)
+    ):
+        return reason
+    raise ValueError(
+        f"reason must be a string of at most {MAX_REASON_CHARS} Unicode characters, "
+        f"got {reason!r:.80}"
+    )
 
 
 def top_k(answer: VersionAnswer, k: int) -> list[Mapping[str, Any]]:

@@ -40,6 +40,7 @@ from lifelong_ray.on_ray.front import (
     Served,
     VersionAnswer,
     clean_label,
+    clean_reason,
     top_k,
 )
 from lifelong_ray.on_ray.http import (
@@ -48,6 +49,7 @@ from lifelong_ray.on_ray.http import (
     install_error_handlers,
     read_json,
     read_uploads,
+    tensor_images,
 )
 from lifelong_ray.on_ray.rollout import RolloutController
 from lifelong_ray.on_ray.schedule import submit_update
@@ -124,30 +126,6 @@ class _ControllerClient:
 
     def report(self, report: FrontReport) -> None:
         self._handle.report_front.remote(report)
-
-
-def _v2_images(inputs: Any, *, max_images: int) -> list[Pixels]:
-    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
-        raise RequestError(400, "bad_inputs", "inputs must be a list with one tensor")
-    tensor = inputs[0]
-    if tensor.get("datatype") != "UINT8":
-        raise RequestError(
-            400, "bad_datatype", f"datatype is {tensor.get('datatype')!r}; images are UINT8"
-        )
-    shape = tensor.get("shape")
-    try:
-        array = np.asarray(tensor["data"], dtype=np.int64).reshape(shape)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise RequestError(400, "bad_tensor", f"data does not fit shape {shape}: {error}") from None
-    if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
-        raise RequestError(400, "bad_shape", f"shape {shape} is not (N, height, width, 1 or 3)")
-    if len(array) > max_images:
-        raise RequestError(
-            413, "too_many_images", f"{len(array)} images in one request; at most {max_images}"
-        )
-    if array.min() < 0 or array.max() > 255:
-        raise RequestError(400, "bad_tensor", "UINT8 values lie in 0 to 255")
-    return list(array.astype(np.uint8))
 
 
 @serve.deployment(name="front")
@@ -284,6 +262,13 @@ class FrontDeployment:
         except ValueError as error:
             raise RequestError(422, "bad_label", str(error)) from None
 
+    @staticmethod
+    def _reason(body: dict[str, Any]) -> str:
+        try:
+            return clean_reason(body.get("reason", ""))
+        except ValueError as error:
+            raise RequestError(422, "bad_request", str(error)) from None
+
     # -- Open Inference Protocol v2 ----------------------------------------------------
 
     @http.get("/v2", tags=["open inference protocol"])
@@ -343,7 +328,7 @@ class FrontDeployment:
         request_id = body.get("id", "")
         if not isinstance(request_id, str) or not request_id.isascii():
             raise RequestError(400, "bad_id", "id must be a string of ASCII characters")
-        images = _v2_images(body.get("inputs"), max_images=self._config.serving.max_queue)
+        images = tensor_images(body.get("inputs"), max_images=self._config.serving.max_queue)
         self._v2_version(name, version)
         served = await self._front.answer_together(
             images, key=str(uuid7(time.time())), override="never" if version else None
@@ -463,7 +448,7 @@ class FrontDeployment:
                 id=str(uuid7(time.time())),
                 verb="start",
                 actor="operator",
-                reason=str(body.get("reason", "")),
+                reason=self._reason(body),
                 at_s=time.time(),
                 candidate=body["candidate"],
                 steps=steps,
@@ -497,7 +482,7 @@ class FrontDeployment:
                 id=str(uuid7(time.time())),
                 verb=verb,
                 actor="operator",
-                reason=str(body.get("reason", "")),
+                reason=self._reason(body),
                 at_s=time.time(),
                 force=bool(force),
             )

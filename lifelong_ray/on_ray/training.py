@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import torch
@@ -22,13 +25,14 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from lifelong_ray.config import Config
-from lifelong_ray.fitting import FitJob, FitOutcome, Progress, run_fit
+from lifelong_ray.fitting import Arrays, FitJob, FitOutcome, Progress, run_fit
 from lifelong_ray.learning import Alone, EpochReport, TorchDistributed
-from lifelong_ray.types import LearningError
+from lifelong_ray.types import LearningError, ServingError
 
 logger = logging.getLogger(__name__)
 
 _STATE = "state.safetensors"
+_AGENT_PORT = 52365  # Ray's default; `ray.init` has no way to choose another
 _own_folders: list[tempfile.TemporaryDirectory[str]] = []
 
 
@@ -49,6 +53,7 @@ def ensure_ray(config: Config, *, own: bool = False) -> None:
     }
     needed = int(config.training.num_workers * config.training.cpus_per_worker) + 1
     if own:
+        _require_agent_port()
         # A folder of its own: a job of a Ray that shares /tmp/ray with a later one is sent to
         # the later one. Short, since paths of Unix sockets may have 107 characters.
         _own_folders.append(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
@@ -65,6 +70,23 @@ def ensure_ray(config: Config, *, own: bool = False) -> None:
             ray.init(num_cpus=needed, **options)
         except ValueError:  # a cluster runs on this machine, and knows how many CPUs it has
             ray.init(**options)
+
+
+def _require_agent_port() -> None:
+    """Refuse to start a second Ray on one machine: its agent could not take jobs.
+
+    Raises:
+        ServingError: If the port that every Ray's agent listens on is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", _AGENT_PORT))
+        except OSError:
+            raise ServingError(
+                f"port {_AGENT_PORT}, on which Ray takes jobs, is in use: another Ray runs on "
+                "this machine; end it first (ray stop)"
+            ) from None
 
 
 def fit_on_ray(job: FitJob) -> FitOutcome:
@@ -141,7 +163,7 @@ def _work(loop_config: dict[str, Any]) -> FitOutcome | None:
     if latest is not None:
         with latest.as_directory() as folder:
             resume = (Path(folder) / _STATE).read_bytes()
-    _wake_torch()
+    _wake(job)
     outcome = run_fit(
         job,
         Alone() if alone else TorchDistributed(),
@@ -151,12 +173,42 @@ def _work(loop_config: dict[str, Any]) -> FitOutcome | None:
     return outcome if context.get_world_rank() == 0 else None
 
 
-def _wake_torch() -> None:
-    """Run each kind of kernel once, so that a report counts training and not process start."""
-    image = torch.zeros(2, 1, 8, 8, requires_grad=True)
-    kernel = torch.ones(2, 1, 3, 3, requires_grad=True)
-    torch.nn.functional.conv2d(image, kernel).sum().backward()  # type: ignore[no-untyped-call]
-    torch.linalg.solve(torch.eye(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+def _wake(job: FitJob) -> None:
+    """Go through the motions once, on noise, so that reports count learning and not first calls.
+
+    A process's first pass loads libraries and compiles kernels: start-up, as Ray's own is.
+    """
+    learning, model = job.config.learning, job.config.model
+    once = {"epochs": 1}
+    config = job.config.model_copy(
+        update={
+            "learning": learning.model_copy(
+                update={
+                    "base": learning.base.model_copy(update=once),
+                    "update": learning.update.model_copy(
+                        update={
+                            "paths": "both",
+                            "trainer": learning.update.trainer.model_copy(update=once),
+                        }
+                    ),
+                }
+            )
+        }
+    )
+    shape = (32, model.channels, model.image_size, model.image_size)
+    noise = Arrays(np.random.default_rng(0).integers(0, 256, shape, np.uint8), np.arange(32) % 2)
+    base = replace(
+        job,
+        kind="base",
+        class_names=("0", "1"),
+        training=noise,
+        validation=noise,
+        parent_files=None,
+        config=config,
+    )
+    made = run_fit(base, Alone(), time.perf_counter, Progress())
+    update = replace(base, kind="update", parent_files=made.paths["base"].files)
+    run_fit(update, Alone(), time.perf_counter, Progress())
 
 
 def stop_ray() -> None:

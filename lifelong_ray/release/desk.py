@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
 from lifelong_ray.config import StepConfig
 from lifelong_ray.release.document import Event, Intent, Lease, ReleaseDocument, Rollout
@@ -72,7 +73,7 @@ class ReleaseDesk:
         except ValidationError as error:
             raise RolloutError(
                 f"{DOCUMENT_KEY} in {self._store.url} is not a release document that this version "
-                f"understands: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}; "
+                f"understands: {_first_problem(error)}; "
                 "run the version that wrote it, or restore it"
             ) from error
 
@@ -88,10 +89,11 @@ class ReleaseDesk:
 
         Raises:
             ConflictError: If somebody else wrote first; read again and decide anew.
+            RolloutError: If the document could not be read back; nothing is stored then.
         """
         kept = tuple(e for e in document.outbox if e.number > self._audited_through)
         document = document.changed(outbox=kept, revision=document.revision + 1)
-        data = document.model_dump_json(indent=1).encode()
+        data = _readable(document)
         try:
             tag = self._store.swap(DOCUMENT_KEY, data, tag)
         except ConflictError:
@@ -270,6 +272,27 @@ class ReleaseDesk:
 
     def _wait(self, attempt: int) -> None:
         self._sleep(min(_LONGEST_WAIT_S, 0.005 * (attempt + 1)))
+
+
+def _readable(document: ReleaseDocument) -> bytes:
+    """Serialise a document that `ReleaseDesk.read` will understand.
+
+    Checked here because `changed` takes any value, and one unreadable document stops everything.
+    """
+    try:
+        data = document.model_dump_json(indent=1).encode()
+        ReleaseDocument.model_validate_json(data)
+    except (ValidationError, PydanticSerializationError) as error:
+        problem = _first_problem(error) if isinstance(error, ValidationError) else str(error)
+        raise RolloutError(
+            f"the next {DOCUMENT_KEY} could not be read back, so it is not stored: {problem}"
+        ) from error
+    return data
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{first['msg']} at {first['loc']}"
 
 
 def _too_busy(what: str) -> RolloutError:

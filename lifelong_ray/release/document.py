@@ -39,7 +39,7 @@ _NUM_HANDLED_IDS = 200
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Intent(_Record):

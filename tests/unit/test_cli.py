@@ -1,6 +1,9 @@
 """The ``lifelong`` command: what it prints, what it writes, how it fails."""
 
 import json
+import shlex
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,14 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from lifelong_ray.cli import app, print_cycle_report
-from lifelong_ray.config import Config, StoreConfig, load_config
+from lifelong_ray.config import Config, StepConfig, StoreConfig, load_config
 from lifelong_ray.cycle import CycleReport
-from lifelong_ray.release import Check, GateReport, Intent, Manifest, Registry, ReleaseDesk
+from lifelong_ray.release import Check, GateReport, Intent, Manifest, Registry, ReleaseDesk, Rollout
 from lifelong_ray.storage import Store, open_store
+from lifelong_ray.types import LifelongError
 from tests.conftest import free_port
 
+ROOT = Path(__file__).parents[2]
 Run = Callable[..., Result]
 PASSED, REFUSED = (
     GateReport(
@@ -272,6 +277,46 @@ def test_a_second_demo_does_not_mix_with_the_first(run: Run, tmp_path: Path) -> 
     assert "holds an earlier demo" in result.stderr
 
 
+@pytest.mark.parametrize("below", ["", "/deeper"], ids=["file", "below a file"])
+def test_a_demo_into_a_file_is_an_error_line(run: Run, tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    out = f"{tmp_path / 'file'}{below}"
+
+    result = run("demo", "--out", out)
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: --out {out} cannot be used as a folder (")
+    assert result.stderr.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_the_demo_says_is_printed_as_it_is(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tell(*_: object, say: Callable[[str], None], **__: object) -> None:
+        say("learns the class [/b] :+1:")
+        raise LifelongError("[/red] is no colour")
+
+    monkeypatch.setattr("lifelong_ray.demo.story.tell_story", tell)
+
+    result = run("demo", "--out", str(tmp_path / "[/a]"))
+
+    assert "learns the class [/b] :+1:" in result.stdout
+    assert result.stderr == "error: [/red] is no colour\n"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_demo_passes_names_with_spaces_and_quotes_on() -> None:
+    command = ["make", "-n", "demo", "DATA=my data", "OUT=it's out", "SEED=7"]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+
+    recipe = done.stdout[done.stdout.index(".venv/bin/lifelong") :]
+    assert shlex.split(recipe.replace("\\\n", " "))[1:] == (
+        ["demo", "--out", "it's out", "--seed", "7", "--data", "my data"]
+    )
+
+
 # ---------------------------------------------------------------- the report of a run
 
 
@@ -325,3 +370,68 @@ def test_a_version_that_was_not_offered_says_why(capsys: pytest.CaptureFixture[s
     assert "v1.1 is registered but not offered for release: v1.1 is on trial" in (
         capsys.readouterr().out
     )
+
+
+# ---------------------------------------------------------------- names are no markup
+
+
+def test_a_report_prints_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    print_cycle_report(
+        report(reason="learns [/b] :+1:", released=False, why_not_released="[/]"), None
+    )
+
+    printed = capsys.readouterr().out
+    assert "run run-1: learns [/b] :+1:" in printed
+    assert "not offered for release: [/]" in printed
+
+
+@pytest.mark.parametrize("command", ["status", "versions", "doctor"])
+def test_a_store_may_be_called_anything(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    url = str(tmp_path / "[/a] :+1:")
+    monkeypatch.setenv("LIFELONG_STORE_URL", url)
+
+    result = run(command)
+
+    assert result.exit_code == 0
+    assert url in result.stdout or command == "versions"
+
+
+def test_an_error_quotes_what_was_given_as_it_is(run: Run) -> None:
+    result = run("status", "--config", "[/a] [red]:+1:.yaml")
+
+    assert result.exit_code == 1
+    assert "[/a] [red]:+1:.yaml does not exist" in result.stderr
+
+
+def test_status_prints_a_message_as_it_is(run: Run, store: Store) -> None:
+    register(store, "v1")
+    register(store, "v1.1", "v1")
+    release(store, "v1")
+    desk = ReleaseDesk(store, clock)
+    document, tag = desk.read()
+    rollout = Rollout(
+        id="r",
+        candidate="v1.1",
+        steps=(StepConfig(setWeight=5),),
+        salt="s",
+        started_at_s=0.0,
+        step_started_at_s=0.0,
+        message="waits [/b]",
+    )
+    desk.swap(document.changed(rollout=rollout), tag)
+
+    assert "; waits [/b]" in run("status").stdout
+
+
+@pytest.mark.parametrize("command", ["init", "predict"])
+def test_a_usage_error_quotes_a_path_as_it_is(run: Run, tmp_path: Path, command: str) -> None:
+    path = tmp_path / "[red]"
+    if command == "init":
+        path.write_text("mine")
+
+    result = run(command, str(path))
+
+    assert result.exit_code == 2
+    assert "[red]" in result.stderr

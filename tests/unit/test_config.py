@@ -164,3 +164,29 @@ def test_a_setting_of_a_section_leaves_its_neighbours_at_their_defaults():
 def test_an_override_that_is_not_yaml_is_named():
     with pytest.raises(ConfigError, match=r"'serving.port=\[' is not YAML"):
         load_config(None, ("serving.port=[",))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("rollout.steps=[{pause: .inf}]", "rollout.steps.0.pause"),
+        ("serving.batch_wait_s=.nan", "serving.batch_wait_s"),
+        ("tuning.lambda_ewc=[0.1, .inf]", "tuning.lambda_ewc.1"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused(override, key):
+    with pytest.raises(ConfigError, match=rf"{key} is (inf|nan): .*finite number"):
+        load_config(None, (override,))
+
+
+def test_a_folder_in_place_of_the_file_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be read: Is a directory"):
+        load_config(tmp_path)
+
+
+def test_a_file_in_another_encoding_is_an_error(tmp_path):
+    file = tmp_path / "latin.yaml"
+    file.write_bytes("store: {url: Schlüssel}".encode("latin-1"))
+
+    with pytest.raises(ConfigError, match=r"latin\.yaml is not UTF-8 text"):
+        load_config(file)

@@ -146,6 +146,28 @@ def test_numbers_from_0_to_255_and_whole_float_labels_are_taken(
     assert source.train.class_names == ("0", "1")
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array([0, 1j] * 4), "labels of complex128"),
+        (np.array(["2024-01-01", "2024-01-02"] * 4, dtype="datetime64[D]"), "labels of datetime64"),
+        (np.array(["cat", ""] * 4), "an empty label"),
+        (np.array([b"cat", b" "] * 4), "an empty label"),
+    ],
+    ids=["complex", "dates", "empty", "blank"],
+)
+def test_labels_that_name_no_class_are_refused(
+    write: Callable[..., Path], labels: np.ndarray, message: str
+) -> None:
+    with pytest.raises(DataError, match=f"data.npz:train has {message}"):
+        load(write(y_train=labels))
+
+
+def test_complex_images_are_refused(write: Callable[..., Path], arrays: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="has images of complex128"):
+        load(write(x_train=arrays["x_train"] * 1j))
+
+
 def test_a_missing_npz_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.npz does not exist"):
         load(tmp_path / "nothing.npz")
@@ -164,7 +186,7 @@ def test_a_missing_npz_is_named(tmp_path: Path) -> None:
         ({"x_train": np.full((8, 5, 4), np.inf)}, "not finite"),
         ({"x_train": np.full((8, 5, 4), -1)}, r"lies in \[-1.0, -1.0\]"),
         ({"x_train": np.full((8, 5, 4), 256)}, r"lies in \[256.0, 256.0\]"),
-        ({"x_train": np.full((8, 5, 4), "a")}, "not a readable .npz of plain arrays"),
+        ({"x_train": np.full((8, 5, 4), "a")}, ":train has images of <U1; expected numbers"),
         ({"x_train": np.full((8, 5, 4), None)}, "not a readable .npz of plain arrays"),
         ({"y_train": np.array([0, 1, np.nan, 1] * 2)}, "labels that are not whole numbers"),
         ({"y_train": np.array([0, 1.5, 1, 1] * 2)}, "labels that are not whole numbers"),

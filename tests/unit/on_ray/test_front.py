@@ -29,7 +29,13 @@ from lifelong_ray.feedback import (
     take_snapshot,
 )
 from lifelong_ray.on_ray import warm
-from lifelong_ray.on_ray.front import Front, NoVersionError, VersionAnswer, clean_label
+from lifelong_ray.on_ray.front import (
+    Front,
+    NoVersionError,
+    VersionAnswer,
+    clean_label,
+    clean_reason,
+)
 from lifelong_ray.release import ReleaseDesk, Rollout
 from lifelong_ray.types import (
     BadRequestIdError,
@@ -717,7 +723,9 @@ def test_bytes_are_decoded_within_the_configured_limits(store: MemoryStore) -> N
 
 
 @pytest.mark.parametrize(
-    "label", [None, 7, "", "   ", "x" * 201, "two\nlines", "\x00", "\ud800", ["boot"]], ids=repr
+    "label",
+    [None, 7, "", "   ", "x" * 201, "two\nlines", "\x00", "\ud800", "b\ufffdt", ["boot"]],
+    ids=repr,
 )
 def test_a_label_that_nobody_could_read_is_refused(label: object) -> None:
     with pytest.raises(ValueError, match="label must be a printable string"):
@@ -726,3 +734,19 @@ def test_a_label_that_nobody_could_read_is_refused(label: object) -> None:
 
 def test_a_label_is_taken_without_the_blanks_around_it() -> None:
     assert clean_label(" Schöner Schuh ") == "Schöner Schuh"
+
+
+# -- reasons ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reason", [None, 7, ["why"], "x" * 501, "a\ud800"], ids=repr)
+def test_a_reason_that_the_audit_cannot_keep_is_refused(reason: object) -> None:
+    with pytest.raises(ValueError, match="reason must be a string of at most 500"):
+        clean_reason(reason)
+
+
+@pytest.mark.parametrize(
+    "reason", ["", "x" * 500, "zu spät 🙂\nsiehe oben"], ids=["none", "long", "text"]
+)
+def test_other_reasons_are_kept_as_they_are(reason: str) -> None:
+    assert clean_reason(reason) == reason

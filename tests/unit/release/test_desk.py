@@ -484,3 +484,35 @@ def test_a_lease_alone_asks_no_front_to_acknowledge() -> None:
     desk.swap(held, tag)
 
     assert desk.read()[0].seq == document.seq
+
+
+# ---------------------------------------------------------------- what could not be read back
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"stable": "\ud800"}, {"seq": "many"}, {"lease": {"holder": "c"}}],
+    ids=["surrogate", "word", "half a lease"],
+)
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_a_document_that_could_not_be_read_back_is_never_stored(changes: dict[str, object]) -> None:
+    desk = a_desk(a_store())
+    before, tag = desk.read()
+
+    with pytest.raises(RolloutError, match="could not be read back, so it is not stored"):
+        desk.swap(before.changed(**changes), tag)
+
+    assert desk.read() == (before, tag)
+
+
+def test_an_endless_pause_is_no_step_of_an_intent() -> None:
+    with pytest.raises(ValidationError, match="finite number"):
+        Intent.model_validate(
+            {"verb": "start", "actor": "ann", "at_s": 1.0, "candidate": "v2"}
+            | {"steps": [{"pause": float("inf")}]}
+        )
+
+
+def test_a_time_of_an_intent_is_finite() -> None:
+    with pytest.raises(ValidationError, match="finite number"):
+        Intent(verb="abort", actor="ann", at_s=float("nan"))
