@@ -93,11 +93,9 @@ def make_world(source: DataSource, seed: int, *, num_operator: int) -> World:
             num_labelled = min(max(8, num_operator // num_new), len(members) // 2)
             parts["operator"] += members[:num_labelled]
             members, shares = members[num_labelled:], _NEW_SHARES
-        first = 0
-        for part, share in shares.items():
-            last = first + max(1, round(share * len(members)))
-            parts[part] += members[first:last]
-            first = last
+        bounds = np.cumsum([0.0, *shares.values()]) * len(members)
+        for part, first, last in zip(shares, bounds.round(), bounds.round()[1:], strict=False):
+            parts[part] += members[int(first) : int(last)]
     return World(
         old_classes=old,
         new_classes=new,

@@ -32,6 +32,7 @@ from lifelong_ray.types import LearningError, ServingError
 logger = logging.getLogger(__name__)
 
 _STATE = "state.safetensors"
+_AGENT_LEAVES_S = 30.0
 _AGENT_PORT = 52365  # Ray's default; `ray.init` has no way to choose another
 _own_folders: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -75,18 +76,29 @@ def ensure_ray(config: Config, *, own: bool = False) -> None:
 def _require_agent_port() -> None:
     """Refuse to start a second Ray on one machine: its agent could not take jobs.
 
+    The agent of a Ray that was just ended lets go of the port some seconds later.
+
     Raises:
-        ServingError: If the port that every Ray's agent listens on is taken.
+        ServingError: If the port that every Ray's agent listens on stays taken.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", _AGENT_PORT))
-        except OSError:
+    deadline_s = time.monotonic() + _AGENT_LEAVES_S
+    while not _is_free(_AGENT_PORT):
+        if time.monotonic() > deadline_s:
             raise ServingError(
                 f"port {_AGENT_PORT}, on which Ray takes jobs, is in use: another Ray runs on "
                 "this machine; end it first (ray stop)"
-            ) from None
+            )
+        time.sleep(0.5)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+    return True
 
 
 def fit_on_ray(job: FitJob) -> FitOutcome:

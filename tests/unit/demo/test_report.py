@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from lifelong_ray.demo.report import print_table, write_reports
-from lifelong_ray.demo.story import Story
+from lifelong_ray.demo.story import Story, aims
 from lifelong_ray.demo.traffic import SentRequest
 
 PATH = {"seconds": 1.0, "samples_seen": 500}
@@ -29,6 +29,7 @@ FIGURES: dict[str, Any] = {
     "all_accuracy_after": 0.93,
     "full_retrain_accuracy": 0.94,
     "full_retrain_seconds": 20.0,
+    "full_retrain_seconds_to_update_accuracy": 9.0,
     "full_retrain_samples_seen": 20_000,
     "incremental_seconds": 2.0,
     "incremental_samples_seen": 1_000,
@@ -125,3 +126,14 @@ def test_the_table_shows_each_figure_beside_its_aim() -> None:
     assert "0.990" in retention
     assert "≥ 0.95" in retention
     assert "0 of 3,000" in failed
+    assert all("✓" in line for line in (retention, failed))
+
+
+def test_a_missed_aim_is_named() -> None:
+    missed = [aim.figure for aim in aims({**FIGURES, "cost_share": 0.21, "requests_failed": 1})]
+    met = [aim.met for aim in aims({**FIGURES, "cost_share": 0.21, "requests_failed": 1})]
+
+    assert [f for f, ok in zip(missed, met, strict=True) if not ok] == [
+        "cost_share",
+        "requests_failed",
+    ]

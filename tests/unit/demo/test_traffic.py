@@ -38,13 +38,15 @@ def test_an_empty_log_has_no_requests(tmp_path: Path) -> None:
 
 
 def test_pools_are_saved_with_their_labels(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 1), np.uint8)
-    calm = LabelledImages((images[0],), ("a",))
-    changed = LabelledImages((images[1],), ("b",))
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), np.uint8)
+    names = ("calm", "changed", "later")
 
-    save_pools(tmp_path / "pools", calm, changed)
+    save_pools(
+        tmp_path / "pools",
+        *(LabelledImages((image,), (name,)) for image, name in zip(images, names, strict=True)),
+    )
 
     pools = json.loads((tmp_path / "pools").read_text())
-    assert {name: label for name, [(_, label)] in pools.items()} == {"calm": "a", "changed": "b"}
-    for name, expected in (("calm", images[0]), ("changed", images[1])):
+    assert {name: label for name, [(_, label)] in pools.items()} == {n: n for n in names}
+    for name, expected in zip(names, images, strict=True):
         np.testing.assert_array_equal(decode_png(bytes.fromhex(pools[name][0][0])), expected)

@@ -41,7 +41,8 @@ def test_the_last_fifth_of_the_classes_is_new(unchanged: World) -> None:
         assert images.class_names == NAMES[:8]
     for images in (unchanged.operator, unchanged.test_new):
         assert images.class_names == NAMES[8:]
-    assert unchanged.changed_traffic.class_names == NAMES
+    for images in (unchanged.changed_traffic, unchanged.later_traffic):
+        assert images.class_names == NAMES
     assert unchanged.test_drifted.class_names == NAMES[:8]
 
 
@@ -52,6 +53,7 @@ def test_every_image_has_one_purpose(unchanged: World) -> None:
             unchanged.base,
             unchanged.calm_traffic,
             unchanged.changed_traffic,
+            unchanged.later_traffic,
             unchanged.operator,
             unchanged.test_old,
             unchanged.test_new,
@@ -71,7 +73,9 @@ def test_an_operator_labels_as_many_as_asked(unchanged: World) -> None:
     assert len(unchanged.operator) == 20
 
 
-@pytest.mark.parametrize("part", ["base", "calm_traffic", "changed_traffic", "operator"])
+@pytest.mark.parametrize(
+    "part", ["base", "calm_traffic", "changed_traffic", "later_traffic", "operator"]
+)
 def test_the_world_is_decided_by_the_seed(part: str) -> None:
     worlds = [make_world(source(), seed, num_operator=20) for seed in (1, 1, 2)]
 
