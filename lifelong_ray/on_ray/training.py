@@ -176,12 +176,10 @@ def _work(loop_config: dict[str, Any]) -> FitOutcome | None:
         with latest.as_directory() as folder:
             resume = (Path(folder) / _STATE).read_bytes()
     _wake(job)
-    outcome = run_fit(
-        job,
-        Alone() if alone else TorchDistributed(),
-        time.perf_counter,
-        Progress(resume, on_epoch),
-    )
+    # Whatever else runs on the machine must not count as cost: on CPUs the process's own time.
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    collective = Alone() if alone else TorchDistributed()
+    outcome = run_fit(job, collective, clock, Progress(resume, on_epoch))
     return outcome if context.get_world_rank() == 0 else None
 
 
