@@ -1,0 +1,39 @@
+"""Labelled images from wherever a team keeps them, as plain arrays.
+
+Knows the kinds of source that ``data.source`` may name. Does not know what the images are
+used for. Nothing is ever downloaded.
+"""
+
+from lifelong_ray.datasets.cleaning import check_lengths, clean_images, clean_labels
+from lifelong_ray.datasets.files import image_file
+from lifelong_ray.datasets.items import from_torch_dataset
+from lifelong_ray.datasets.labelled import (
+    DataSource,
+    ImageArrays,
+    LabelledImages,
+    SourceArrays,
+    as_arrays,
+    as_source_arrays,
+    natural_order,
+)
+from lifelong_ray.datasets.load import load_parts, load_source
+from lifelong_ray.datasets.parts import class_order, hold_out
+
+__all__ = [
+    "DataSource",
+    "ImageArrays",
+    "LabelledImages",
+    "SourceArrays",
+    "as_arrays",
+    "as_source_arrays",
+    "check_lengths",
+    "class_order",
+    "clean_images",
+    "clean_labels",
+    "from_torch_dataset",
+    "hold_out",
+    "image_file",
+    "load_parts",
+    "load_source",
+    "natural_order",
+]
