@@ -12,7 +12,7 @@ quoted = '$(subst ','\'',$(1))'
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check integration cluster e2e proof clean \
+.PHONY: help install demo serve test check integration cluster e2e proof avalanche clean \
 	lint types layers doctest unit
 
 help: ## print this list
@@ -60,6 +60,20 @@ e2e: $(INSTALLED) ## the whole loop, from the outside
 
 proof: $(INSTALLED) ## the long forms of statistical claims (many minutes)
 	$(PYTEST) -m proof --timeout=7200
+
+# Only the comparisons in benchmarks/ use it: no dependency, so not in constraints.txt.
+AVALANCHE := avalanche-lib==0.6.0
+PEER := .venv-avalanche
+
+avalanche: $(PEER)/.installed ## make .venv-avalanche: Avalanche 0.6.0, which benchmarks/ compares with
+
+$(PEER)/.installed: constraints.txt
+	@test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	@echo "installing into $(PEER) (some minutes and 7 GB the first time)"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(PEER)/bin/python -m pip install -q \
+	  $$(grep -E '^(torch|torchvision|numpy)==' constraints.txt) '$(AVALANCHE)'
+	@$(PEER)/bin/python -W ignore -c 'import avalanche.training'
+	@touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -46,10 +46,24 @@ class DataConfig(_Branch):
     source: str = Field(
         "digits",
         description="digits, a torchvision data set by name (torchvision:FashionMNIST), "
-        "an .npz with x_train/y_train/x_test/y_test, or a folder with one folder per class.",
+        "an .npz with x_train/y_train/x_test/y_test, a folder with one folder per class, "
+        "package.module:function for (train, test) PyTorch data sets of your own, or "
+        "cifar100-50+50: CIFAR-100 in parts.",
     )
     folder: str = Field("data", description="Where torchvision data sets lie; never downloaded.")
     classes: tuple[str, ...] = Field((), description="Class names to use; empty means all.")
+    split: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (),
+        description="Numbers of classes that arrive one after the other: [50, 50] is a base of "
+        "50 and one update of 50; empty means all at once.",
+    )
+    split_seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="Order in which the classes of `split` arrive: 0 is that of their names, "
+        "1993 that of the literature.",
+    )
     fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Share of the examples to use: 0.1 is a dry run on a tenth."
     )
@@ -70,15 +84,39 @@ class ImageConfig(_Branch):
 class ModelConfig(_Branch):
     """Architecture of a base training; updates inherit their parent's."""
 
-    name: Literal["convnet", "mlp"] = Field("convnet", description="Backbone.")
-    widths: tuple[int, ...] = Field(
-        (32, 64, 128), description="Channels per stage (convnet) or units per layer (mlp)."
+    name: str = Field(
+        "convnet",
+        description="convnet, mlp, resnet20, resnet32, torchvision:NAME (any of its classifiers), "
+        "or package.module:function for a backbone of your own.",
+    )
+    widths: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (32, 64, 128),
+        min_length=1,
+        description="Channels per stage (convnet) or units per layer (mlp).",
+    )
+    norm: Literal["group", "batch", "none"] = Field(
+        "group",
+        description="Normalisation of convnet and resnet. batch trains fastest, and its "
+        "statistics are frozen after the base training.",
     )
     pool_size: int = Field(
         2,
         gt=0,
-        description="Side of the grid that the last convnet stage is averaged to; 1 is global "
+        description="Side of the grid that the last convolution is averaged to; 1 is global "
         "average pooling, which forgets where things are.",
+    )
+    head: Literal["linear", "cosine"] = Field(
+        "linear",
+        description="Trained head. In a cosine one all classes weigh the same, so that new ones "
+        "cannot shout old ones down.",
+    )
+    weights: str = Field(
+        "",
+        description="Weights to start from: empty for random ones, a .safetensors or .pth file, "
+        "or for torchvision the name of a set of its hub, such as DEFAULT.",
+    )
+    pixels: Literal["unit", "imagenet"] = Field(
+        "unit", description="unit: 0 to 1; imagenet: standardised as torchvision's weights want."
     )
     image_size: int = Field(16, gt=3, description="Model input height and width, pixels.")
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 colour.")
@@ -88,20 +126,36 @@ class TrainerConfig(_Branch):
     """One gradient training."""
 
     epochs: int = Field(30, gt=0, description="Passes over the training examples.")
+    iterations: int = Field(
+        0, ge=0, description="Steps in all, in place of `epochs`; 0 counts epochs."
+    )
     batch_size: int = Field(64, gt=0, description="Examples per step over all workers.")
-    learning_rate: float = Field(2e-3, gt=0, description="Peak of the one-cycle schedule.")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW's; 0 turns it off.")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd has momentum 0.9.")
+    schedule: Literal["one_cycle", "constant"] = Field(
+        "one_cycle", description="How the learning rate runs from first to last step."
+    )
+    learning_rate: float = Field(
+        2e-3, ge=0, description="Peak of the schedule; 0 finds one by a range test."
+    )
+    weight_decay: float = Field(1e-4, ge=0, description="Decoupled; 0 turns it off.")
     max_shift_px: int = Field(
         2, ge=0, description="Random shift of training images, pixels; 0 turns it off."
     )
+    mirror: bool = Field(False, description="Mirror training images left to right at random.")
     num_shards: int = Field(
         2,
         gt=0,
         description="Logical shards of every batch. Workers share them out, so that the "
         "number of workers does not change the result.",
     )
+    max_examples_at_once: int = Field(
+        0,
+        ge=0,
+        description="Largest piece of a batch in memory; gradients are accumulated over the "
+        "pieces. 0 takes a worker's part whole, and halves it when memory runs out.",
+    )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Arithmetic of the forward pass."
+        "fp32", description="Arithmetic of the forward and backward pass."
     )
 
 
@@ -109,14 +163,25 @@ class EwcConfig(_Branch):
     """Elastic weight consolidation."""
 
     lambda_ewc: float = Field(10.0, ge=0, description="Penalty weight; 0 turns EWC off.")
+    group_factors: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {},
+        description="Factors on lambda_ewc by beginning of a weight's name, the longest that "
+        "fits counts: {head: 1, stages: 0.1} holds the head ten times as hard as the rest.",
+    )
     estimator: Literal["exact", "sampled", "empirical"] = Field(
         "exact", description="Label of the Fisher: expectation, one draw, or the true label."
     )
+    accumulation: Literal["mean", "online", "sum"] = Field(
+        "mean",
+        description="Fishers of several updates: mean over all examples; online: "
+        "gamma * old + new, held at the newest weights; sum: every update held at its own.",
+    )
+    gamma: Share = Field(1.0, description="Decay of older Fishers when online.")
     num_fisher_examples: int = Field(
-        500, gt=0, description="Examples of a base training that estimate importance."
+        500, ge=0, description="Examples of a base training that estimate importance; 0 none."
     )
     num_update_fisher_examples: int = Field(
-        50, gt=0, description="New examples of an update that renew the estimate."
+        50, ge=0, description="New examples of an update that renew the estimate; 0 none."
     )
 
 
@@ -125,23 +190,69 @@ class DistillationConfig(_Branch):
 
     weight: float = Field(0.5, ge=0, description="Loss weight; 0 turns distillation off.")
     temperature: float = Field(1.0, gt=0, description="Softening of both distributions.")
+    only_where_right: bool = Field(
+        True, description="Leave out examples that the parent answers wrongly, as after drift."
+    )
 
 
 class ReplayConfig(_Branch):
     """Remembered examples."""
 
-    memory_per_class: int = Field(20, ge=0, description="Images kept per class; 0 keeps none.")
-    share: Annotated[float, Field(ge=0, lt=1)] = Field(
+    memory_per_class: int = Field(20, ge=0, description="Examples kept per class; 0 keeps none.")
+    memory_share: Share = Field(
+        0.0, description="Share of a class's examples kept, where that is more; 1 keeps all."
+    )
+    selection: Literal["class_balanced", "reservoir", "herding"] = Field(
+        "class_balanced",
+        description="Which are kept: a fair sample of every class, a fair sample of all that was "
+        "seen, or those whose mean feature is closest to their class's.",
+    )
+    content: Literal["images", "features"] = Field(
+        "images",
+        description="features keeps no image, only what the frozen stages make of one.",
+    )
+    share: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
         0.15,
-        description="Least share of every update batch that comes from memory; 0 replays none.",
+        description="Least share of every update batch that comes from memory; 0 replays none; "
+        "auto: the share of old examples among all that were seen, at most three quarters.",
+    )
+    dark_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of keeping the logits that were stored with a remembered example "
+        "(DER++); 0 stores none.",
     )
 
 
 class AnalyticConfig(_Branch):
     """The fast path: ridge regression on a random ReLU projection of frozen features."""
 
-    num_features: int = Field(1_000, gt=0, description="Width of the random projection.")
-    ridge: float = Field(1.0, gt=0, description="Regularisation added to the Gram matrix.")
+    num_features: int = Field(
+        1_000, ge=0, description="Width of the random projection; 0 keeps no analytic head."
+    )
+    source: Literal["auto", "pixels", "features", "stages"] = Field(
+        "auto",
+        description="What is projected: pixels, the backbone's features, or the pooled outputs "
+        "of its last two stages (convnet and resnet). auto: pixels for an mlp, else features.",
+    )
+    ridge: float = Field(
+        0.0,
+        ge=0,
+        description="Regularisation, as a share of the mean squared feature; 0 chooses it by "
+        "generalised cross-validation.",
+    )
+    class_balance: Share = Field(
+        0.0, description="0 weighs every example alike, 1 every class alike."
+    )
+    decay: Share = Field(
+        1.0, description="What is left of older sums at every update; below 1 forgets on purpose."
+    )
+    max_modes: int = Field(
+        4,
+        gt=0,
+        description="Appearances of one class that are told apart: an update that shows a known "
+        "class anew opens one, the most alike are put together beyond this number.",
+    )
 
 
 class UpdateConfig(_Branch):
@@ -158,7 +269,30 @@ class UpdateConfig(_Branch):
     validation_share: Share = Field(
         0.2, description="Share of the new examples that chooses between the paths."
     )
-    frozen_stages: int = Field(2, ge=0, description="Backbone stages the slow path leaves alone.")
+    frozen_stages: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        2,
+        description="Backbone stages the slow path leaves alone; auto tries how many on the "
+        "validation examples.",
+    )
+    labels_compete: Literal["all", "update"] = Field(
+        "all",
+        description="Classes that the loss of a new example compares: all, or only those of its "
+        "update, as where requests say which task they belong to.",
+    )
+    weight_alignment: bool = Field(
+        False, description="Scale the new rows of the head to the length of the old ones."
+    )
+    pseudo_features: int = Field(
+        0,
+        ge=0,
+        description="Made-up features per old class, moved over from the nearest new class, for "
+        "an update of the head without old data (FeTrIL); 0 makes none.",
+    )
+    expansion: Literal["never", "auto", "always"] = Field(
+        "never",
+        description="A new branch of the backbone beside the untouched old one; auto: where "
+        "frozen features fall short of `good_enough_accuracy` and the slow path too.",
+    )
     trainer: TrainerConfig = TrainerConfig(
         epochs=3, batch_size=32, learning_rate=4e-3, max_shift_px=0
     )

@@ -24,10 +24,9 @@ from lifelong_ray.learning import (
     EpochReport,
     Fit,
     Learner,
+    Run,
     fit_base,
-    fit_fast,
-    fit_full,
-    fit_slow,
+    fit_update,
 )
 from lifelong_ray.types import DataError, Json
 
@@ -129,71 +128,34 @@ def run_fit(job: FitJob, collective: Collective, clock: Clock, progress: Progres
     training = _tensors(job.training)
     validation = _tensors(job.validation) if len(job.validation) else None
     learning = job.config.learning
-    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def on_epoch(report: EpochReport, checkpoint: Callable[[], bytes]) -> bool:
         progress.on_epoch(report, checkpoint)
         return False  # never stop early
 
+    run = Run(
+        clock=clock,
+        collective=collective,
+        resume=progress.resume,
+        on_epoch=on_epoch,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
     if job.kind != "update":
-        from_nothing = fit_base if job.kind == "base" else fit_full
-        fit = from_nothing(
-            *training,
-            class_names=job.class_names,
-            model_config=job.config.model,
-            config=learning,
+        fit = fit_base(
+            training,
+            job.class_names,
+            job.config.model,
+            learning,
+            run,
             validation=validation,
-            collective=collective,
-            clock=clock,
-            device=device,
-            resume=progress.resume,
-            on_epoch=on_epoch,
+            yardstick=job.kind == "full",
         )
         return FitOutcome({job.kind: _fitted(fit)}, "a base training starts a family")
     if job.parent_files is None:
         raise DataError("an update needs its parent's files")
     parent = Learner.from_files(job.parent_files)
-    wanted = learning.update.paths
-    paths: dict[str, FittedPath] = {}
-    why = f"learning.update.paths is {wanted}"
-    if wanted != "slow":
-        fast = fit_fast(
-            parent,
-            *training,
-            class_names=job.class_names,
-            config=learning,
-            validation=validation,
-            collective=collective,
-            clock=clock,
-            device=device,
-        )
-        paths["fast"] = _fitted(fast)
-        if wanted == "default":
-            reached, enough = fast.report.validation_accuracy, learning.update.good_enough_accuracy
-            if reached is not None and reached >= enough:
-                return FitOutcome(
-                    paths, f"frozen features suffice: fast reaches {reached:.3f} of {enough:.3f}"
-                )
-            why = f"frozen features fall short: fast reaches {_shown(reached)} of {enough:.3f}"
-    if wanted != "fast":
-        slow = fit_slow(
-            parent,
-            *training,
-            class_names=job.class_names,
-            config=learning,
-            validation=validation,
-            collective=collective,
-            clock=clock,
-            device=device,
-            resume=progress.resume,
-            on_epoch=on_epoch,
-        )
-        paths["slow"] = _fitted(slow)
-    return FitOutcome(paths, why)
-
-
-def _shown(value: float | None) -> str:
-    return "no known accuracy" if value is None else f"{value:.3f}"
+    update = fit_update(parent, training, job.class_names, learning, run, validation=validation)
+    return FitOutcome({name: _fitted(fit) for name, fit in update.fits.items()}, update.reason)
 
 
 def _tensors(arrays: Arrays) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,24 +4,27 @@ Knows nothing of files, clocks, HTTP or Ray. `fit_base` makes a first `Learner`,
 `fit_fast` and `fit_slow` update one, `Predictor` answers with one.
 """
 
-from lifelong_ray.learning.analytic import AnalyticSums, projection
+from lifelong_ray.learning.analytic import AnalyticSums
 from lifelong_ray.learning.collective import Alone, Collective, TorchDistributed
-from lifelong_ray.learning.evaluate import Evaluation, accuracy, evaluate, fit_temperature
-from lifelong_ray.learning.fisher import Fisher, estimate_fisher
-from lifelong_ray.learning.learner import Learner
-from lifelong_ray.learning.model import Classifier, build_model
-from lifelong_ray.learning.paths import (
-    Fit,
-    FitReport,
-    Labelled,
-    fit_base,
-    fit_fast,
-    fit_full,
-    fit_slow,
+from lifelong_ray.learning.evaluate import (
+    Evaluation,
+    accuracy,
+    allowed_classes,
+    evaluate,
+    fit_temperature,
+    time_per_image,
 )
+from lifelong_ray.learning.fast import fit_fast
+from lifelong_ray.learning.fisher import Fisher, estimate_fisher
+from lifelong_ray.learning.from_nothing import fit_base
+from lifelong_ray.learning.history import History
+from lifelong_ray.learning.learner import Learner
+from lifelong_ray.learning.lesson import Fit, FitReport, Labelled, Run
+from lifelong_ray.learning.model import Classifier, build_model
 from lifelong_ray.learning.penalties import distillation_loss, ewc_penalty
 from lifelong_ray.learning.predict import Answers, Predictor
-from lifelong_ray.learning.replay import ReplayMemory, mix_batches
+from lifelong_ray.learning.replay import ReplayMemory, endless_batches, mix_batches
+from lifelong_ray.learning.slow import fit_slow
 from lifelong_ray.learning.trainer import (
     EpochReport,
     ExampleTerm,
@@ -31,6 +34,7 @@ from lifelong_ray.learning.trainer import (
     WeightTerm,
     train,
 )
+from lifelong_ray.learning.update import Update, fit_update
 
 __all__ = [
     "Alone",
@@ -44,27 +48,32 @@ __all__ = [
     "Fisher",
     "Fit",
     "FitReport",
+    "History",
     "Labelled",
     "Learner",
     "LossTerm",
     "OnEpoch",
     "Predictor",
     "ReplayMemory",
+    "Run",
     "TorchDistributed",
     "TrainReport",
+    "Update",
     "WeightTerm",
     "accuracy",
+    "allowed_classes",
     "build_model",
     "distillation_loss",
+    "endless_batches",
     "estimate_fisher",
     "evaluate",
     "ewc_penalty",
     "fit_base",
     "fit_fast",
-    "fit_full",
     "fit_slow",
     "fit_temperature",
+    "fit_update",
     "mix_batches",
-    "projection",
+    "time_per_image",
     "train",
 ]

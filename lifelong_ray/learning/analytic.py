@@ -2,163 +2,660 @@
 
 Sums can be added example by example, class by class, worker by worker, in any order,
 and subtracted again; the head that follows from them is the one that training on all
-the examples at once would give. Does not know where features come from.
+the examples at once would give. Of integer features the sums are whole numbers, exact in
+float64: any order and grouping gives the same sums to the bit. Does not know where
+features come from.
 
-Axes: N examples, C classes, D backbone features, M random features.
+Axes: N examples, C classes, K modes, M random features, P probes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lifelong_ray.learning.chance import generator_for
+from lifelong_ray.learning.widening import integer_product
 from lifelong_ray.types import LearningError
+
+SHARPNESS_GRID = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0)
+"""What `choose_sharpness` chooses from."""
+
+_ROWS, _FLOAT_ROWS, _COLUMNS = 8_192, 2_048, 1_000
+_MAX_WEIGHT_GROUPS = 256
+_STEPS_PER_DECADE = 2
+_LOWEST_STEP, _HIGHEST_STEP = -6 * _STEPS_PER_DECADE, 0
+_FLAT = 0.003
+_NUM_PROBES, _EXACT_TRACE_FEATURES = 16, 512
+_CHOOSING_FEATURES = 1_000
 
 
 @dataclass(frozen=True)
 class AnalyticSums:
     """Everything that the ridge solution needs to know of the examples, in float64.
 
+    The columns are modes. A mode is one appearance of a class: an update that shows a known
+    class in a new guise may open another mode for it, so that the linear head need not fit
+    one target through several guises. Sums never need more than one mode per class.
+
     Attributes:
         gram: Sum of outer products of feature vectors, (M, M).
-        class_sums: Sum of feature vectors by class, (M, C).
-        counts: Examples by class, (C,); weighted examples count by their weight.
+        class_sums: Sum of feature vectors by mode, (M, K).
+        counts: Examples by mode, (K,); weighted examples count by their weight.
+        mode_class: The class of each mode, int64 (K,).
+        num_classes: C; each class has a mode, with or without examples.
     """
 
     gram: Tensor
     class_sums: Tensor
     counts: Tensor
+    mode_class: Tensor
+    num_classes: int
 
     @staticmethod
     def empty(num_features: int, num_classes: int) -> AnalyticSums:
-        """Return the sums over no examples."""
+        """Return the sums over no examples, with one mode per class, in order."""
         return AnalyticSums(
             torch.zeros(num_features, num_features, dtype=torch.float64),
             torch.zeros(num_features, num_classes, dtype=torch.float64),
             torch.zeros(num_classes, dtype=torch.float64),
+            torch.arange(num_classes),
+            num_classes,
         )
 
     @staticmethod
     def of(
-        features_NM: Tensor, labels_N: Tensor, num_classes: int, weights_N: Tensor | None = None
+        features_NM: Tensor,
+        modes_N: Tensor,
+        num_classes: int,
+        weights_N: Tensor | None = None,
+        *,
+        mode_class: Tensor | None = None,
     ) -> AnalyticSums:
-        """Return the sums over examples; `weights_N` lets one stand for several."""
-        x_NM = features_NM.double()
-        targets_NC = F.one_hot(labels_N, num_classes).double()
+        """Return the sums over examples, exact if features are int8 and weights whole numbers.
+
+        Args:
+            features_NM: int8 of sizes up to 127, or floating-point numbers. int8 is tens of
+                times as fast.
+            modes_N: The mode of each example.
+            num_classes: C.
+            weights_N: Lets one example stand for several.
+            mode_class: As the attribute; None means one mode per class, in order.
+
+        Raises:
+            LearningError: If the sums are not finite.
+        """
+        if mode_class is None:
+            mode_class = torch.arange(num_classes)
+        mode_class = mode_class.to(features_NM.device)
+        if len(modes_N) and not 0 <= int(modes_N.min()) <= int(modes_N.max()) < len(mode_class):
+            raise ValueError(
+                f"modes from {int(modes_N.min())} to {int(modes_N.max())} are not among the "
+                f"{len(mode_class)} modes of the sums"
+            )
+        modes_N = modes_N.to(features_NM.device)
+        own_NK = F.one_hot(modes_N.long(), len(mode_class)).to(torch.int8)
         if weights_N is not None:
-            targets_NC = targets_NC * weights_N.double()[:, None]
-        weighted_NM = x_NM if weights_N is None else x_NM * weights_N.double()[:, None]
-        return AnalyticSums(x_NM.T @ weighted_NM, x_NM.T @ targets_NC, targets_NC.sum(0))
+            weights_N = weights_N.to(features_NM.device, torch.float64)
+        if features_NM.dtype != torch.int8:
+            gram, class_sums = _float_sums(features_NM, own_NK, weights_N)
+        elif weights_N is None:
+            gram, class_sums = _integer_sums(features_NM, own_NK)
+        else:
+            gram, class_sums = _weighted_integer_sums(features_NM, own_NK, weights_N)
+        counts = (
+            own_NK.sum(0).double()
+            if weights_N is None
+            else torch.stack([weights_N[modes_N == k].sum() for k in range(len(mode_class))])
+        )
+        if not _all_finite(gram.diagonal(), class_sums, counts):
+            raise LearningError("the analytic sums are not finite; the backbone has overflowed")
+        return AnalyticSums(gram, class_sums, counts, mode_class, num_classes)
 
     @property
-    def num_classes(self) -> int:
-        """Classes that the sums distinguish."""
+    def num_features(self) -> int:
+        """M."""
+        return self.gram.shape[0]
+
+    @property
+    def num_modes(self) -> int:
+        """K."""
         return self.counts.shape[0]
+
+    @property
+    def newest_modes(self) -> Tensor:
+        """The last mode of each class, (C,): ``sums.newest_modes[labels]`` are modes."""
+        newest_C = torch.zeros(self.num_classes, dtype=torch.int64, device=self.counts.device)
+        positions_K = torch.arange(self.num_modes, device=self.counts.device)
+        return newest_C.scatter_reduce(0, self.mode_class, positions_K, "amax")
+
+    def to(self, device: torch.device | str) -> AnalyticSums:
+        """Return the same sums on another device."""
+        return AnalyticSums(
+            self.gram.to(device),
+            self.class_sums.to(device),
+            self.counts.to(device),
+            self.mode_class.to(device),
+            self.num_classes,
+        )
 
     def merge(self, other: AnalyticSums) -> AnalyticSums:
         """Return the sums over both sets of examples."""
         self._must_match(other)
-        return AnalyticSums(
-            self.gram + other.gram,
-            self.class_sums + other.class_sums,
-            self.counts + other.counts,
+        return replace(
+            self,
+            gram=self.gram + other.gram,
+            class_sums=self.class_sums + other.class_sums,
+            counts=self.counts + other.counts,
         )
 
-    def add(self, features_NM: Tensor, labels_N: Tensor) -> AnalyticSums:
-        """Return the sums with more examples."""
-        return self.merge(AnalyticSums.of(features_NM, labels_N, self.num_classes))
+    def add(
+        self, features_NM: Tensor, modes_N: Tensor, weights_N: Tensor | None = None
+    ) -> AnalyticSums:
+        """Return the sums with more examples; arguments as in `of`."""
+        return self.merge(self._same_modes(features_NM, modes_N, weights_N))
 
-    def subtract(self, features_NM: Tensor, labels_N: Tensor) -> AnalyticSums:
+    def subtract(
+        self, features_NM: Tensor, modes_N: Tensor, weights_N: Tensor | None = None
+    ) -> AnalyticSums:
         """Return the sums without examples that they hold: exact unlearning of the head.
 
         Raises:
-            LearningError: If a class would be left with fewer than no examples.
+            LearningError: If a mode would be left with fewer than no examples.
         """
-        other = AnalyticSums.of(features_NM, labels_N, self.num_classes)
-        counts_C = self.counts - other.counts
-        if bool((counts_C < 0).any()):
-            worst = int(counts_C.argmin())
-            raise LearningError(
-                f"class {worst} has {self.counts[worst]:g} examples in the sums, and "
-                f"{other.counts[worst]:g} were to be taken out; subtract only what was added"
-            )
-        return AnalyticSums(self.gram - other.gram, self.class_sums - other.class_sums, counts_C)
+        other = self._same_modes(features_NM, modes_N, weights_N)
+        counts_K = self.counts - other.counts
+        _must_not_owe(self.counts, counts_K, self.mode_class)
+        return replace(
+            self,
+            gram=self.gram - other.gram,
+            class_sums=self.class_sums - other.class_sums,
+            counts=counts_K.clamp(min=0.0),
+        )
 
     def grow(self, num_classes: int) -> AnalyticSums:
         """Return the sums with room for more classes, of which no example was seen yet."""
-        missing = num_classes - self.num_classes
-        if missing < 0:
+        if num_classes < self.num_classes:
             raise ValueError(f"sums of {self.num_classes} classes cannot shrink to {num_classes}")
-        return AnalyticSums(
-            self.gram,
-            F.pad(self.class_sums, (0, missing)),
-            F.pad(self.counts, (0, missing)),
+        return self._with_modes(range(self.num_classes, num_classes), num_classes)
+
+    def open_modes(self, classes: Iterable[int]) -> AnalyticSums:
+        """Return the sums with a further, empty mode for each of some known classes.
+
+        A class whose newest mode is still empty keeps that one.
+        """
+        wanted = sorted(set(classes))
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < self.num_classes:
+            raise ValueError(f"classes {wanted} are not among the {self.num_classes} of the sums")
+        newest_C = self.newest_modes
+        return self._with_modes(
+            [c for c in wanted if self.counts[newest_C[c]] > 0], self.num_classes
         )
 
-    def solve(self, ridge: float) -> Tensor:
-        """Return the head's weights (M, C), float32.
+    def merged_modes(self, max_modes: int) -> tuple[AnalyticSums, Tensor]:
+        """Put together the most alike modes of each class until it has at most `max_modes`.
+
+        Most alike are those with the nearest mean features; empty ones go first. As columns
+        add up, the result is exactly what the examples would have given under the new modes.
+
+        Returns:
+            The sums, and for each old mode its new one, (K,).
+        """
+        if max_modes < 1:
+            raise ValueError(f"each class needs at least one mode, not {max_modes}")
+        groups: list[list[int]] = [[k] for k in range(self.num_modes)]
+        class_of = self.mode_class.tolist()
+        for c in range(self.num_classes):
+            while sum(class_of[group[0]] == c for group in groups) > max_modes:
+                mine = [group for group in groups if class_of[group[0]] == c]
+                one, other = self._most_alike(mine)
+                groups.remove(other)
+                one.extend(other)
+        new_K = torch.zeros(self.num_modes, dtype=torch.int64)
+        for position, group in enumerate(groups):
+            new_K[group] = position
+        first_of = [group[0] for group in groups]
+        merged = replace(
+            self,
+            class_sums=torch.stack([self.class_sums[:, group].sum(1) for group in groups], 1),
+            counts=torch.stack([self.counts[group].sum() for group in groups]),
+            mode_class=self.mode_class[first_of],
+        )
+        return merged, new_K.to(self.mode_class.device)
+
+    def decayed(self, factor: float) -> AnalyticSums:
+        """Return the sums with every example's weight multiplied by `factor`."""
+        return replace(
+            self,
+            gram=self.gram * factor,
+            class_sums=self.class_sums * factor,
+            counts=self.counts * factor,
+        )
+
+    def absolute_ridge(self, ridge: float) -> float:
+        """Return what is added to the Gram matrix's diagonal: a share of its mean."""
+        return ridge * float(self.gram.diagonal().mean()) if self.num_features else ridge
+
+    def solve(
+        self, ridge: float, class_balance: float = 0.0, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return the head's weights (M, K).
+
+        Args:
+            ridge: Regularisation, as a share of the mean squared feature's sum: the mean of
+                the Gram matrix's diagonal.
+            class_balance: Power b of the mean mode's count over a mode's own, by which its
+                target is multiplied: 0 weighs every example alike, 1 lifts rare modes as if
+                they were as frequent. One Gram matrix over all examples allows no other
+                weighting afterwards; it is that of discriminant analysis with one pooled
+                covariance and chosen priors.
+            dtype: Of the result; the computation is in float64.
 
         Raises:
             LearningError: If the sums are not finite or the system cannot be solved.
         """
-        if not bool(torch.isfinite(self.gram).all()):
-            raise LearningError("the analytic sums are not finite; the backbone has overflowed")
-        solution: Tensor = torch.cholesky_solve(self.class_sums, self._factor(ridge))
-        return solution.float()
+        targets_MK = self.class_sums * _target_scales(self.counts, class_balance)
+        solution: Tensor = torch.cholesky_solve(targets_MK, self._factor(ridge))
+        if not _all_finite(solution):
+            raise _no_solution(ridge)
+        return solution.to(dtype)
+
+    def choose_ridge(self, previous: float | None = None) -> float:
+        """Return the ridge, for `solve`, that the sums themselves find best.
+
+        With at least twice as many examples as features by generalised cross-validation:
+        the least RSS / (N - df)^2, with residuals and the trace of the hat matrix from the
+        sums (the trace estimated with a few random vectors where M is large). Where it is flat
+        the lowest ridge of a decade is taken: shrinking costs accuracy before it costs
+        squares. With fewer examples, where that criterion divides nothing by nothing, by the
+        largest marginal likelihood of the Gaussian model.
+        Twice per decade from 1e-6 to 1 is looked at, coarsely first.
+
+        Args:
+            previous: The choice before few examples changed; only its neighbours are tried.
+
+        Raises:
+            LearningError: If the sums hold no examples, or none of the ridges has a solution.
+
+        Sources: Golub, Heath and Wahba 1979, Generalized cross-validation as a method for
+        choosing a good ridge parameter; MacKay 1992, Bayesian interpolation; Hutchinson 1990
+        for the trace.
+        """
+        if self.num_features == 0:
+            return previous or _ridge_at(_LOWEST_STEP)
+        if self.num_features > _CHOOSING_FEATURES:
+            # Random features are drawn alike: some of them stand for all, at the same ridge
+            # relative to the kernel, and a factor costs the cube of their number.
+            share = _CHOOSING_FEATURES / self.num_features
+            some = replace(
+                self,
+                gram=self.gram[:_CHOOSING_FEATURES, :_CHOOSING_FEATURES],
+                class_sums=self.class_sums[:_CHOOSING_FEATURES],
+            )
+            chosen = some.choose_ridge(None if previous is None else previous * share)
+            return min(chosen / share, 1.0)
+        scores: dict[int, float] = {}
+
+        def try_steps(steps: Iterable[int]) -> int:
+            for step in steps:
+                if _LOWEST_STEP <= step <= _HIGHEST_STEP and step not in scores:
+                    scores[step] = self._badness(_ridge_at(step))
+            return min(scores, key=lambda step: (scores[step], -step))
+
+        if previous is not None and previous > 0:
+            near = round(math.log10(previous) * _STEPS_PER_DECADE)
+            near = min(max(near, _LOWEST_STEP), _HIGHEST_STEP)
+            best = try_steps((near - 1, near, near + 1))
+        else:
+            best = try_steps(range(_LOWEST_STEP, _HIGHEST_STEP + 1, _STEPS_PER_DECADE))
+            best = try_steps((best - 1, best + 1))
+        if math.isinf(scores[best]):
+            raise _no_solution(_ridge_at(max(scores)))
+        slack = 0.0 if self._has_few_examples() else _FLAT
+        good = (step for step in scores if scores[step] <= scores[best] + slack)
+        return _ridge_at(min(step for step in good if step >= best - _STEPS_PER_DECADE))
 
     def left_out_scores(
-        self, features_NM: Tensor, labels_N: Tensor, weights_N: Tensor, ridge: float
+        self,
+        features_NM: Tensor,
+        modes_N: Tensor,
+        weights_N: Tensor,
+        ridge: float,
+        class_balance: float = 0.0,
     ) -> Tensor:
-        """Return for each example the scores (N, C) of the head fitted without it.
+        """Return for each example the scores (N, K) of the head fitted without it.
+
+        The ridge and the balance stay as they are with it.
 
         Args:
             features_NM: Examples that the sums hold.
-            labels_N: Their classes.
+            modes_N: Their modes.
             weights_N: The weights they were added with.
             ridge: As for `solve`.
+            class_balance: As for `solve`.
 
         Source: the closed form of leave-one-out for linear smoothers, Hastie et al. 2009,
         eq. 7.64.
         """
         factor = self._factor(ridge)
-        x_NM = features_NM.double()
-        scores_NC: Tensor = x_NM @ torch.cholesky_solve(self.class_sums, factor)
-        half_MN = torch.linalg.solve_triangular(factor, x_NM.T, upper=False)
-        # Sums that are not exact may not hold an example as it is now: stay below one.
-        leverage_N = (weights_N.double() * half_MN.square().sum(0)).clamp(max=0.999)
-        own_NC = F.one_hot(labels_N, self.num_classes).double()
-        left_out_NC: Tensor = scores_NC - leverage_N[:, None] * own_NC
-        left_out_NC /= (1 - leverage_N)[:, None]
-        return left_out_NC
+        scale_K = _target_scales(self.counts, class_balance)
+        weights_MK = torch.cholesky_solve(self.class_sums * scale_K, factor)
+        parts = []
+        for first in range(0, len(features_NM), _FLOAT_ROWS):
+            piece = slice(first, first + _FLOAT_ROWS)
+            x_NM = features_NM[piece].double()
+            half_MN = torch.linalg.solve_triangular(factor, x_NM.T, upper=False)
+            # Sums that are not exact may not hold an example as it is now: stay below one.
+            leverage_N = (weights_N[piece].double() * half_MN.square().sum(0)).clamp(max=0.999)
+            own_NK = F.one_hot(modes_N[piece], self.num_modes).double() * scale_K
+            left_out_NK = x_NM @ weights_MK - leverage_N[:, None] * own_NK
+            parts.append(left_out_NK / (1 - leverage_N)[:, None])
+        return torch.cat(parts) if parts else scale_K.new_zeros(0, self.num_modes)
+
+    def _same_modes(
+        self, features_NM: Tensor, modes_N: Tensor, weights_N: Tensor | None
+    ) -> AnalyticSums:
+        return AnalyticSums.of(
+            features_NM, modes_N, self.num_classes, weights_N, mode_class=self.mode_class
+        )
+
+    def _with_modes(self, classes: Iterable[int], num_classes: int) -> AnalyticSums:
+        more = torch.tensor(list(classes), dtype=torch.int64, device=self.mode_class.device)
+        return AnalyticSums(
+            self.gram,
+            F.pad(self.class_sums, (0, len(more))),
+            F.pad(self.counts, (0, len(more))),
+            torch.cat([self.mode_class, more]),
+            num_classes,
+        )
+
+    def _most_alike(self, groups: list[list[int]]) -> tuple[list[int], list[int]]:
+        sums = torch.stack([self.class_sums[:, group].sum(1) for group in groups])
+        counts = torch.stack([self.counts[group].sum() for group in groups])
+        means = sums / counts.clamp(min=1e-12)[:, None]
+        apart = torch.cdist(means, means)
+        empty = counts <= 0
+        apart[empty], apart[:, empty] = 0.0, 0.0
+        size = len(groups)
+        apart[torch.ones(size, size, device=apart.device).tril().bool()] = math.inf
+        one, other = divmod(int(apart.argmin()), size)
+        return groups[one], groups[other]
+
+    def _badness(self, ridge: float) -> float:
+        """The logarithm of `choose_ridge`'s criterion; infinite where there is no solution."""
+        num_examples, width = float(self.counts.sum()), self.num_features
+        if num_examples <= 0:
+            raise LearningError("the analytic sums hold no examples; add some before solving")
+        try:
+            factor = self._factor(ridge)
+        except LearningError:
+            return math.inf
+        added = self.absolute_ridge(ridge)
+        weights_MK = torch.cholesky_solve(self.class_sums, factor)
+        explained = float((weights_MK * self.class_sums).sum())
+        if self._has_few_examples():
+            unexplained = max(num_examples - explained, 1e-9 * num_examples)
+            log_det = 2 * float(factor.diagonal().log().sum()) - width * math.log(added)
+            return num_examples * math.log(unexplained) + log_det
+        rss = num_examples - explained - added * float(weights_MK.square().sum())
+        free = num_examples - width + added * _inverse_trace(factor)
+        return math.log(max(rss, 1e-9 * num_examples)) - 2 * math.log(max(free, 1.0))
+
+    def _has_few_examples(self) -> bool:
+        return float(self.counts.sum()) < 2 * self.num_features
 
     def _factor(self, ridge: float) -> Tensor:
+        if not _all_finite(self.gram, self.class_sums):
+            raise LearningError("the analytic sums are not finite; the backbone has overflowed")
         system = self.gram.clone()
-        system.diagonal().add_(ridge)
+        system.diagonal().add_(self.absolute_ridge(ridge))
         factor, info = torch.linalg.cholesky_ex(system)
         if int(info.item()):
-            raise LearningError(
-                f"the analytic head has no solution with ridge {ridge:g}; "
-                "raise learning.analytic.ridge"
-            )
+            raise _no_solution(ridge)
         lower: Tensor = factor
         return lower
 
     def _must_match(self, other: AnalyticSums) -> None:
-        if self.class_sums.shape != other.class_sums.shape:
+        if self.class_sums.shape != other.class_sums.shape or not torch.equal(
+            self.mode_class, other.mode_class
+        ):
             raise ValueError(
                 f"sums of shape {tuple(self.class_sums.shape)} and "
-                f"{tuple(other.class_sums.shape)} do not add up; grow the smaller one first"
+                f"{tuple(other.class_sums.shape)} do not add up; grow the smaller one first, "
+                "and give both the same modes"
             )
 
 
-def projection(dim: int, num_features: int, seed: int) -> Tensor:
-    """Return the random projection (D, M) of the analytic head, by `seed` alone.
+@dataclass(frozen=True)
+class LiveHead:
+    """A head that takes single examples in or out without solving anew: O(M^2) for each.
 
-    Source: McDonnell et al. 2023 (RanPAC), arXiv:2307.02251.
+    The regularisation stays what it was in absolute terms when the head was made.
+
+    Attributes:
+        inverse: Of the regularised Gram matrix, float64 (M, M).
+        weights: Head for targets of one, float64 (M, K).
+        counts: As in the sums.
+        mode_class: As in the sums.
+        class_balance: As for `AnalyticSums.solve`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(dim, num_features, generator=generator) / math.sqrt(dim)
+
+    inverse: Tensor
+    weights: Tensor
+    counts: Tensor
+    mode_class: Tensor
+    class_balance: float
+
+    @staticmethod
+    def of(sums: AnalyticSums, ridge: float, class_balance: float = 0.0) -> LiveHead:
+        """Return the live form of ``sums.solve(ridge, class_balance)``; errors as there."""
+        factor = sums._factor(ridge)
+        # Two products take a small part of the time of torch.cholesky_inverse on CPUs.
+        identity = torch.eye(sums.num_features).to(factor)
+        half = torch.linalg.solve_triangular(factor, identity, upper=False)
+        return LiveHead(
+            half.T @ half,
+            torch.cholesky_solve(sums.class_sums, factor),
+            sums.counts,
+            sums.mode_class,
+            class_balance,
+        )
+
+    def with_examples(self, features_NM: Tensor, modes_N: Tensor, sign: int = 1) -> LiveHead:
+        """Return the head with (`sign` 1) or without (-1) a few examples.
+
+        Raises:
+            LearningError: If a mode would be left with fewer than no examples, or the head
+                does not hold the examples to be taken out.
+
+        Source: the identity of Woodbury, as used for class-incremental learning by Zhuang
+        et al. 2022 (ACIL), arXiv:2205.14922, eq. 12.
+        """
+        if sign not in {1, -1}:
+            raise ValueError(f"the sign of examples is 1 or -1, not {sign}")
+        x_NM = features_NM.to(self.inverse)
+        own_NK = F.one_hot(modes_N.long(), len(self.counts)).to(x_NM)
+        counts_K = self.counts + sign * own_NK.sum(0)
+        _must_not_owe(self.counts, counts_K, self.mode_class)
+        towards_MN = self.inverse @ x_NM.T
+        core_NN = x_NM @ towards_MN
+        core_NN.diagonal().add_(sign)
+        factor, info = torch.linalg.cholesky_ex(sign * core_NN)
+        if int(info.item()):
+            raise LearningError(
+                "the head does not hold the examples to be taken out; solve it anew from the sums"
+            )
+        gain_NM = torch.cholesky_solve(towards_MN.T, factor)
+        missing_NK = own_NK - x_NM @ self.weights
+        return replace(
+            self,
+            inverse=torch.addmm(self.inverse, towards_MN, gain_NM, alpha=-sign),
+            weights=self.weights + sign * gain_NM.T @ missing_NK,
+            counts=counts_K.clamp(min=0.0),
+        )
+
+    def solution(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the head's weights (M, K), as `AnalyticSums.solve` does."""
+        return (self.weights * _target_scales(self.counts, self.class_balance)).to(dtype)
+
+
+def class_scores(
+    scores_NK: Tensor, mode_class: Tensor, num_classes: int, sharpness: float
+) -> Tensor:
+    """Return scores by class (N, C): a soft maximum over the modes of each.
+
+    The logarithm of the sum of exponentials, sharper with higher `sharpness`. A class with one
+    mode has that mode's score, to the bit.
+    """
+    sizes_C = torch.bincount(mode_class, minlength=num_classes)
+    widest = int(sizes_C.max()) if num_classes else 0
+    table_CW = torch.full(
+        (num_classes, widest), len(mode_class), dtype=torch.int64, device=mode_class.device
+    )
+    order_K = torch.argsort(mode_class, stable=True)
+    sorted_K = mode_class[order_K]
+    first_C = sizes_C.cumsum(0) - sizes_C
+    place_K = torch.arange(len(order_K), device=mode_class.device) - first_C[sorted_K]
+    table_CW[sorted_K, place_K] = order_K
+    padded_NK = F.pad(scores_NK, (0, 1), value=-math.inf)
+    by_class_NCW = padded_NK[:, table_CW.to(scores_NK.device)]
+    top_NC = by_class_NCW.amax(2)
+    rest_NC = ((by_class_NCW - top_NC[:, :, None]) * sharpness).exp().sum(2)
+    return top_NC + rest_NC.log() / sharpness
+
+
+def choose_sharpness(
+    scores_NK: Tensor,
+    labels_N: Tensor,
+    mode_class: Tensor,
+    num_classes: int,
+    weights_N: Tensor | None = None,
+) -> float:
+    """Return the sharpness of `class_scores` with the best accuracy on labelled scores.
+
+    Among equals the one with the best likelihood after a temperature of its own, then the
+    lowest. Scores should be of examples that the head was not fitted on, or left out.
+    """
+    if len(mode_class) <= num_classes or not len(labels_N):
+        return SHARPNESS_GRID[0]
+    weigh_N = torch.ones_like(labels_N, dtype=torch.float64) if weights_N is None else weights_N
+    weigh_N = weigh_N.double()
+
+    def quality(sharpness: float) -> tuple[float, float]:
+        scores_NC = class_scores(scores_NK.double(), mode_class, num_classes, sharpness)
+        right = float((weigh_N * (scores_NC.argmax(1) == labels_N)).sum())
+        likelihood = max(
+            -float((weigh_N * F.cross_entropy(scores_NC * t, labels_N, reduction="none")).sum())
+            for t in SHARPNESS_GRID
+        )
+        return right, likelihood
+
+    return max(SHARPNESS_GRID, key=quality)
+
+
+def _integer_sums(features_NM: Tensor, own_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram matrix and column sums of int8 features, exact; only half of the former computed."""
+    width = features_NM.shape[1]
+    gram = torch.zeros(width, width, dtype=torch.float64, device=features_NM.device)
+    sums_MK = gram.new_zeros(width, own_NK.shape[1])
+    blocks = [slice(i, min(i + _COLUMNS, width)) for i in range(0, width, _COLUMNS)]
+    for first in range(0, len(features_NM), _ROWS):
+        rows_NM = features_NM[first : first + _ROWS]
+        columns = [rows_NM[:, block].contiguous() for block in blocks]
+        for i, rows in enumerate(blocks):
+            turned = columns[i].T.contiguous()
+            for j in range(i, len(blocks)):
+                gram[rows, blocks[j]] += integer_product(turned, columns[j])
+            sums_MK[rows] += integer_product(turned, own_NK[first : first + _ROWS])
+    for i, rows in enumerate(blocks):
+        for later in blocks[i + 1 :]:
+            gram[later, rows] = gram[rows, later].T
+    return gram, sums_MK
+
+
+def _weighted_integer_sums(
+    features_NM: Tensor, own_NK: Tensor, weights_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_integer_sums`; examples of the same weight, as remembered ones have, go together."""
+    values = sorted(set(weights_N.tolist()))
+    if len(values) > _MAX_WEIGHT_GROUPS:
+        return _float_sums(features_NM, own_NK, weights_N)
+    width = features_NM.shape[1]
+    gram = torch.zeros(width, width, dtype=torch.float64, device=features_NM.device)
+    sums_MK = gram.new_zeros(width, own_NK.shape[1])
+    for value in values:
+        mine_N = weights_N == value
+        gram_part, sums_part = _integer_sums(features_NM[mine_N], own_NK[mine_N])
+        gram += gram_part.mul_(value)
+        sums_MK += sums_part.mul_(value)
+    return gram, sums_MK
+
+
+def _float_sums(
+    features_NM: Tensor, own_NK: Tensor, weights_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    width = features_NM.shape[1]
+    gram = torch.zeros(width, width, dtype=torch.float64, device=features_NM.device)
+    sums_MK = gram.new_zeros(width, own_NK.shape[1])
+    for first in range(0, len(features_NM), _FLOAT_ROWS):
+        piece = slice(first, first + _FLOAT_ROWS)
+        x_NM = features_NM[piece].double()
+        weighted_NM = x_NM if weights_N is None else x_NM * weights_N[piece, None]
+        gram.addmm_(x_NM.T, weighted_NM)
+        sums_MK.addmm_(weighted_NM.T, own_NK[piece].double())
+    return gram, sums_MK
+
+
+def _target_scales(counts_K: Tensor, class_balance: float) -> Tensor:
+    """What the target of each mode is multiplied by, (K,); one for modes without examples."""
+    present_K = counts_K > 0
+    if not class_balance or not bool(present_K.any()):
+        return torch.ones_like(counts_K)
+    relative_K = counts_K[present_K].mean() / counts_K.clamp(min=1e-12)
+    return torch.where(present_K, relative_K**class_balance, torch.ones_like(counts_K))
+
+
+def _inverse_trace(factor: Tensor) -> float:
+    """Trace of the inverse of the matrix with this Cholesky factor; an estimate if it is large."""
+    width = factor.shape[0]
+    if width <= _EXACT_TRACE_FEATURES:
+        probes_MP, per_probe = torch.eye(width).to(factor), 1.0
+    else:
+        generator = generator_for(0, "trace probes", width)
+        signs = torch.randint(0, 2, (width, _NUM_PROBES), generator=generator) * 2 - 1
+        probes_MP, per_probe = signs.to(factor), 1 / _NUM_PROBES
+    half_MP = torch.linalg.solve_triangular(factor, probes_MP, upper=False)
+    return float(half_MP.square().sum()) * per_probe
+
+
+def _ridge_at(step: int) -> float:
+    ridge: float = 10.0 ** (step / _STEPS_PER_DECADE)
+    return ridge
+
+
+def _must_not_owe(had_K: Tensor, left_K: Tensor, mode_class: Tensor) -> None:
+    # Counts that are not whole numbers may come out a rounding error below zero.
+    if bool((left_K < -1e-9 * had_K.clamp(min=1.0)).any()):
+        worst = int(left_K.argmin())
+        raise LearningError(
+            f"class {int(mode_class[worst])} has {had_K[worst]:g} examples in the sums (mode "
+            f"{worst}), and {had_K[worst] - left_K[worst]:g} were to be taken out; subtract only "
+            "what was added"
+        )
+
+
+def _all_finite(*tensors: Tensor) -> bool:
+    # A sum is finite only if all is, and needs no copy.
+    return all(math.isfinite(float(tensor.sum())) for tensor in tensors)
+
+
+def _no_solution(ridge: float) -> LearningError:
+    return LearningError(
+        f"the analytic head has no solution with ridge {ridge:g}; add examples or raise "
+        "learning.analytic.ridge"
+    )

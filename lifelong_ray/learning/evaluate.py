@@ -1,19 +1,23 @@
 """How good answers are, and how sure a model should be of them.
 
 Pure functions of logits and labels; probabilities work as logits too where only the
-order matters.
+order matters. A clock is handed in where time is measured.
 
-Axes: N examples, C classes.
+Axes: N examples, C classes, T tasks.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lifelong_ray.types import LearningError
 
 _ECE_BINS = 15
 _BISECTIONS = 50
@@ -35,6 +39,10 @@ class Evaluation:
         calibration_error: Expected calibration error, 15 bins of equal width.
         negative_log_likelihood: Mean, in nats.
         negative_flip_share: Share that the parent answered correctly and this model does not.
+        positive_flip_share: Share that this model answers correctly and the parent did not.
+            Accuracy gained over the parent is this less the negative flips.
+        mean_class_accuracy: Mean accuracy over the classes that have examples: rare ones count
+            as much as frequent ones.
     """
 
     num_examples: int
@@ -46,6 +54,8 @@ class Evaluation:
     calibration_error: float
     negative_log_likelihood: float
     negative_flip_share: float | None
+    positive_flip_share: float | None
+    mean_class_accuracy: float
 
 
 def evaluate(
@@ -54,6 +64,7 @@ def evaluate(
     *,
     num_old_classes: int | None = None,
     parent_logits: Tensor | None = None,
+    allowed_NC: Tensor | None = None,
 ) -> Evaluation:
     """Judge a model's calibrated logits against labels.
 
@@ -62,39 +73,131 @@ def evaluate(
         labels_N: True classes.
         num_old_classes: The first so many classes are the old ones; None means all.
         parent_logits: The parent's logits for the same examples; may have fewer classes.
+        allowed_NC: The classes that compete for each example, as where its task is known
+            (`allowed_classes`); None means all of them. The parent answers under the same rule.
 
     Raises:
-        ValueError: If there are no examples.
+        LearningError: If there are no examples, the shapes do not fit, or a label is outside
+            the classes or not allowed.
 
     Source: Guo et al. 2017, arXiv:1706.04599 (calibration error); Yan et al. 2021,
     arXiv:2011.09161 (negative flips).
     """
-    if not len(labels_N):
-        raise ValueError("there are no examples to judge a model on")
+    _check(logits_NC, labels_N)
+    if allowed_NC is not None:
+        _check_allowed(allowed_NC, logits_NC, labels_N)
+        logits_NC = logits_NC.masked_fill(~allowed_NC, -math.inf)
+        if parent_logits is not None:
+            theirs = allowed_NC[:, : parent_logits.shape[1]]
+            parent_logits = parent_logits.masked_fill(~theirs, -math.inf)
     num_classes = logits_NC.shape[1]
     num_old = num_classes if num_old_classes is None else num_old_classes
     right_N = logits_NC.argmax(1) == labels_N
     is_old_N = labels_N < num_old
-    within_N = logits_NC[:, :num_old].argmax(1) == labels_N
-    flips = None
+    within_N = right_N
+    if 0 < num_old < num_classes:
+        within_N = logits_NC[:, :num_old].argmax(1) == labels_N
+    worse = better = None
     if parent_logits is not None:
-        flips = _share((parent_logits.argmax(1) == labels_N) & ~right_N)
+        if len(parent_logits) != len(labels_N):
+            raise LearningError(
+                f"the parent has logits for {len(parent_logits)} examples but {len(labels_N)} are "
+                "judged; let both models answer the same ones"
+            )
+        parent_right_N = parent_logits.argmax(1) == labels_N
+        worse, better = _share(parent_right_N & ~right_N), _share(right_N & ~parent_right_N)
+    per_class = tuple(_share(right_N[labels_N == c]) for c in range(num_classes))
     return Evaluation(
         num_examples=len(labels_N),
         accuracy=float(right_N.double().mean()),
-        per_class_accuracy=tuple(_share(right_N[labels_N == c]) for c in range(num_classes)),
+        per_class_accuracy=per_class,
         old_accuracy=_share(right_N[is_old_N]),
         within_old_accuracy=_share(within_N[is_old_N]),
         new_accuracy=_share(right_N[~is_old_N]),
         calibration_error=_calibration_error(logits_NC, right_N),
         negative_log_likelihood=float(F.cross_entropy(logits_NC.double(), labels_N)),
-        negative_flip_share=flips,
+        negative_flip_share=worse,
+        positive_flip_share=better,
+        mean_class_accuracy=statistics.fmean(share for share in per_class if share is not None),
     )
 
 
+def allowed_classes(
+    tasks_N: Tensor, classes_of_task: Sequence[Sequence[int]], num_classes: int
+) -> Tensor:
+    """Return which classes compete for each example whose task is known, bool (N, C).
+
+    Args:
+        tasks_N: The task of each example, int64.
+        classes_of_task: The classes of each task.
+        num_classes: C.
+
+    Raises:
+        LearningError: If a task or a class does not exist.
+
+    >>> allowed_classes(torch.tensor([1, 0]), [[0, 2], [1]], 3).int().tolist()
+    [[0, 1, 0], [1, 0, 1]]
+    """
+    num_tasks = len(classes_of_task)
+    if len(tasks_N) and not 0 <= int(tasks_N.min()) <= int(tasks_N.max()) < num_tasks:
+        raise LearningError(
+            f"tasks run from {int(tasks_N.min())} to {int(tasks_N.max())} but there are "
+            f"{num_tasks}; list the classes of every task, counted from 0"
+        )
+    allowed_TC = torch.zeros(num_tasks, num_classes, dtype=torch.bool)
+    for task, classes in enumerate(classes_of_task):
+        if outside := [c for c in classes if not 0 <= c < num_classes]:
+            raise LearningError(
+                f"task {task} has class {outside[0]} but there are {num_classes} classes, counted "
+                "from 0"
+            )
+        allowed_TC[task, list(classes)] = True
+    return allowed_TC.to(tasks_N.device)[tasks_N]
+
+
 def accuracy(logits_NC: Tensor, labels_N: Tensor) -> float:
-    """Return the share of rows whose largest logit is the label's."""
+    """Return the share of rows whose largest logit is the label's.
+
+    A class that the model does not answer with counts as a mistake.
+
+    Raises:
+        LearningError: If there are no examples, or not as many logits as labels.
+    """
+    _check_lengths(logits_NC, labels_N)
     return float((logits_NC.argmax(1) == labels_N).double().mean())
+
+
+def time_per_image(
+    predict: Callable[[Tensor], object],
+    images: Tensor,
+    clock: Callable[[], float],
+    rounds: int,
+) -> float:
+    """Return how long a prediction takes, milliseconds per image: the median of some rounds.
+
+    One more round goes ahead untimed, as the first one allocates and compiles.
+
+    Args:
+        predict: Answers a batch, and returns when it is done: on a GPU it has to wait for it.
+        images: One batch.
+        clock: Gives seconds.
+        rounds: Timed calls of `predict`.
+
+    Raises:
+        LearningError: If there is no image or no round.
+    """
+    if not len(images) or rounds < 1:
+        raise LearningError(
+            f"{rounds} rounds over {len(images)} images have no time per image; both must be at "
+            "least 1"
+        )
+    predict(images)
+    seconds: list[float] = []
+    for _ in range(rounds):
+        began_s = clock()
+        predict(images)
+        seconds.append(clock() - began_s)
+    return 1e3 * statistics.median(seconds) / len(images)
 
 
 def fit_temperature(logits_NC: Tensor, labels_N: Tensor, weights_N: Tensor | None = None) -> float:
@@ -127,6 +230,41 @@ def fit_temperature(logits_NC: Tensor, labels_N: Tensor, weights_N: Tensor | Non
         else:
             high = middle
     return math.exp(-(low + high) / 2)
+
+
+def _check_lengths(logits_NC: Tensor, labels_N: Tensor) -> None:
+    if not len(labels_N):
+        raise LearningError("there are no examples to judge a model on; at least one is needed")
+    if len(logits_NC) != len(labels_N):
+        raise LearningError(
+            f"there are logits of {len(logits_NC)} examples but {len(labels_N)} labels; give "
+            "every example one of each"
+        )
+
+
+def _check(logits_NC: Tensor, labels_N: Tensor) -> None:
+    _check_lengths(logits_NC, labels_N)
+    low, high = int(labels_N.min()), int(labels_N.max())
+    if low < 0 or high >= logits_NC.shape[1]:
+        raise LearningError(
+            f"label {low if low < 0 else high} is outside the {logits_NC.shape[1]} classes that "
+            "the model answers with; leave its examples out, or judge a model that knows it"
+        )
+
+
+def _check_allowed(allowed_NC: Tensor, logits_NC: Tensor, labels_N: Tensor) -> None:
+    if allowed_NC.shape != logits_NC.shape:
+        raise LearningError(
+            f"the allowed classes have shape {tuple(allowed_NC.shape)} but the logits "
+            f"{tuple(logits_NC.shape)}; say for every example which classes compete"
+        )
+    permitted_N = allowed_NC.gather(1, labels_N[:, None])[:, 0]
+    if not permitted_N.all():
+        row = int((~permitted_N).nonzero()[0, 0])
+        raise LearningError(
+            f"example {row} is of class {int(labels_N[row])}, which is not among those allowed "
+            "for it; put the class into the example's task"
+        )
 
 
 def _share(flags: Tensor) -> float | None:

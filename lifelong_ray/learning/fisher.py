@@ -2,31 +2,34 @@
 
 The diagonal of the Fisher information: the mean over examples of the squared gradient
 of one example's log-likelihood. Squares are taken per example, never of a batch mean,
-in float32, in eval mode, on images as they are. Knows the layers that a `Classifier` is
-made of; does not know what the estimate is used for.
+in float32, in eval mode, on images as they are. Knows which gradients are asked for and how
+estimates of several updates go together; does not know how gradients of single examples are
+had, or what the estimate is used for.
 
-Axes: N examples, C classes, O outputs of a layer, K inputs of one output, L positions.
+Axes: N examples, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lifelong_ray.learning.collective import Alone, Collective
 from lifelong_ray.learning.model import Classifier
+from lifelong_ray.learning.squares import Cotangents, sums_of_squares
 from lifelong_ray.types import LearningError
+
+logger = logging.getLogger(__name__)
 
 Estimator = Literal["exact", "sampled", "empirical"]
 
-# Per-example gradients of a few examples stay in a processor's cache; twice as fast.
-_CHUNK_ON_CPU, _CHUNK_ON_DEVICE = 4, 64
-_Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
+_MANY_CLASSES = 100
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Fisher:
     num_examples: int
 
     def for_model(self, model: Classifier) -> Fisher:
-        """Return it with zero importance for head rows that `model` has grown since.
+        """Return it with zero importance for head rows and branches that `model` has grown.
 
         Raises:
             LearningError: If it belongs to another architecture.
@@ -55,31 +58,112 @@ class Fisher:
         """Return the weighted mean with a newer estimate.
 
         Weights that `newer` does not name keep their importance: its training left them alone.
+        Weights that only `newer` names had none before.
+
+        Raises:
+            ValueError: If shapes differ; see `for_model`.
         """
+        return self._with(newer, lambda old, new: torch.lerp(old, new, newer_share))
+
+    def online(self, newer: Fisher, gamma: float) -> Fisher:
+        """Return ``gamma * old + new``, the importance of one running quadratic.
+
+        Weights that only one of the two names have no importance in the other, so that the
+        old importance of weights that were left alone decays too: it is the weight of the past
+        as a whole.
+
+        Raises:
+            ValueError: If shapes differ; see `for_model`.
+
+        Source: Schwarz et al. 2018, arXiv:1805.06370, eq. 9.
+        """
+        decayed = {name: gamma * value for name, value in self.values.items()}
+        return Fisher(decayed, self.estimator, self.num_examples)._with(newer, torch.add)
+
+    def _with(self, newer: Fisher, put_together: Callable[[Tensor, Tensor], Tensor]) -> Fisher:
         values = dict(self.values)
-        for name, value in newer.values.items():
-            values[name] = torch.lerp(self.values[name], value, newer_share)
+        for name, new in newer.values.items():
+            old = values.get(name, torch.zeros_like(new))
+            _same_shape(name, old, new)
+            values[name] = put_together(old, new)
         return Fisher(values, newer.estimator, self.num_examples + newer.num_examples)
 
 
-def fit_to_model(values: dict[str, Tensor], model: Classifier, what: str) -> dict[str, Tensor]:
-    """Return per-weight `values` padded with zeros where the head has grown since.
+def fold_anchors(
+    old_fisher: Fisher,
+    old_anchor: Mapping[str, Tensor],
+    new_fisher: Fisher,
+    new_anchor: Mapping[str, Tensor],
+) -> tuple[Fisher, dict[str, Tensor]]:
+    """Put two penalties with anchors of their own into one that differs by a constant.
+
+    A sum of quadratics is a quadratic: its Fisher is the sum of the two, its anchor their mean
+    weighted by importance. So the penalty of any number of updates, each held at its own
+    weights, needs the memory and the time of one. Where nothing is important the new anchor
+    stays.
+
+    Args:
+        old_fisher: Of all updates so far, already folded.
+        old_anchor: Its weights, by name.
+        new_fisher: Of the newest update; weights that it does not name have no importance in
+            it, as of stages that were not trained.
+        new_anchor: Its weights, by name; those that only it names had no importance before.
 
     Raises:
-        LearningError: If names or shapes are not those of `model`.
+        ValueError: If shapes differ; see `fit_to_model`.
+
+    Source: the sum over tasks of Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3, completed
+    to a square; compare Huszár 2018, arXiv:1712.03847, who starts from a running posterior.
+    """
+    total = old_fisher.online(new_fisher, 1.0)
+    anchor: dict[str, Tensor] = {}
+    for name, new in new_anchor.items():
+        if name not in old_fisher.values or name not in old_anchor:
+            anchor[name] = new.clone()
+            continue
+        old, importance = old_anchor[name], total.values[name]
+        _same_shape(name, old, new)
+        old_share = torch.where(importance > 0, old_fisher.values[name] / importance, 0.0)
+        anchor[name] = torch.lerp(new, old, old_share)
+    return total, anchor
+
+
+def _same_shape(name: str, old: Tensor, new: Tensor) -> None:
+    if old.shape != new.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(old.shape)} in the older and {tuple(new.shape)} in the "
+            "newer one; pad the older one to the model first"
+        )
+
+
+def fit_to_model(values: dict[str, Tensor], model: Classifier, what: str) -> dict[str, Tensor]:
+    """Return per-weight `values` padded with zeros where the model has grown since.
+
+    Heads grow by rows, and the network by whole branches.
+
+    Raises:
+        LearningError: If names or shapes are otherwise not those of `model`.
     """
     fitted: dict[str, Tensor] = {}
     weights = dict(model.named_parameters())
-    if values.keys() != weights.keys():
-        odd = sorted(values.keys() ^ weights.keys())
+    odd = sorted(
+        name
+        for name in values.keys() ^ weights.keys()
+        if name in values or not name.startswith("branches.")
+    )
+    if odd:
         raise LearningError(
             f"the {what} is of another architecture: {odd[0]} is in only one of the two; "
             "use what was saved with this model"
         )
     for name, weight in weights.items():
-        value = values[name]
-        missing = weight.shape[0] - value.shape[0] if value.dim() == weight.dim() else -1
-        grown = name.startswith("head.") and missing >= 0
+        value = values.get(name)
+        if value is None:
+            fitted[name] = torch.zeros_like(weight.detach())
+            continue
+        rows = (value.shape[0] if value.dim() else 0, weight.shape[0] if weight.dim() else 0)
+        missing = rows[1] - rows[0] if value.dim() == weight.dim() else -1
+        grown = f".{name}".rsplit(".", 2)[-2] == "head" and missing >= 0
         if value.shape[1:] != weight.shape[1:] or not (missing == 0 or grown):
             raise LearningError(
                 f"the {what} is of another architecture: {name} has shape {tuple(value.shape)} "
@@ -99,12 +183,16 @@ def estimate_fisher(
     generator: torch.Generator,
     start: int = 0,
     collective: Collective | None = None,
+    max_bytes: int | None = None,
 ) -> Fisher:
-    """Estimate the Fisher diagonal of the backbone and the linear head.
+    """Estimate the Fisher diagonal of the backbone and the trained head.
 
     ``exact`` takes the expectation over the model's own labels, ``sampled`` draws one of
     them for each example, ``empirical`` takes the true label. Workers share the examples
     out; sums and counts are added up over them.
+
+    ``sampled`` and ``empirical`` cost about a forward and backward pass over the examples,
+    ``exact`` one backward pass per class.
 
     Args:
         model: Used in eval mode and left as it was.
@@ -114,35 +202,36 @@ def estimate_fisher(
         generator: Draws labels for ``sampled``; the same on every worker.
         start: Stages passed already; their weights are not estimated.
         collective: The workers; None means this one alone.
+        max_bytes: As in `sums_of_squares`.
 
     Raises:
         LearningError: If there is no example, or a gradient is not finite.
 
-    Source: van de Ven 2025, arXiv:2502.11756 (estimators); Goodfellow 2015,
-    arXiv:1510.01799 (per-example squares without per-example gradients of linear layers).
+    Source: van de Ven 2025, arXiv:2502.11756 (estimators).
     """
     group = collective or Alone()
     if not len(inputs):
         raise LearningError("the Fisher needs at least one example, and got none")
+    if estimator == "exact" and model.num_classes >= _MANY_CLASSES and group.rank == 0:
+        logger.warning(
+            "the exact Fisher takes %d backward passes over its %d examples, one per class; "
+            "the estimator sampled takes one",
+            model.num_classes,
+            len(inputs),
+        )
     draws_N = torch.rand(len(inputs), generator=generator, dtype=torch.float64)
     mine = slice(group.rank, None, group.world_size)
-    inputs, labels, draws_N = inputs[mine], labels[mine], draws_N[mine]
-    layers = _layers(model, start)
-    sums = {
-        f"{name}.{kind}": torch.zeros_like(weight)
-        for name, layer in layers.items()
-        for kind, weight in layer.named_parameters()
-    }
-    count = torch.tensor([float(len(inputs))], dtype=torch.float64, device=model.device)
-    was_training = model.training
+    cotangents = _cotangents(estimator, labels[mine], draws_N[mine])
+    if any(weight.dtype != torch.float32 for weight in model.parameters()):
+        model = model.copy().float()
+    was_training = {module: module.training for module in model.modules()}
     model.eval()
-    chunk = _CHUNK_ON_CPU if model.device.type == "cpu" else _CHUNK_ON_DEVICE
-    for first in range(0, len(inputs), chunk):
-        piece = slice(first, first + chunk)
-        _add_squares(
-            sums, model, layers, inputs[piece], labels[piece], draws_N[piece], estimator, start
-        )
-    model.train(was_training)
+    try:
+        sums = sums_of_squares(model, inputs[mine], cotangents, start=start, max_bytes=max_bytes)
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    count = torch.tensor([float(len(inputs[mine]))], dtype=torch.float64, device=model.device)
     group.sum([*sums.values(), count])
     num_examples = int(count.item())
     values = {name: value / num_examples for name, value in sums.items()}
@@ -155,104 +244,29 @@ def estimate_fisher(
     return Fisher(values, estimator, num_examples)
 
 
-def _layers(model: Classifier, start: int) -> dict[str, nn.Module]:
-    """The layers with weights after stage `start`, by name."""
-    frozen = tuple(f"stages.{index}." for index in range(start))
-    found: dict[str, nn.Module] = {}
-    for name, layer in model.named_modules():
-        if next(layer.parameters(recurse=False), None) is None or name.startswith(frozen):
-            continue
-        if not isinstance(layer, nn.Linear | nn.Conv2d | nn.GroupNorm):
-            raise LearningError(
-                f"no per-example gradient is known for {name}, a {type(layer).__name__}; "
-                "the Fisher knows Linear, Conv2d and GroupNorm"
-            )
-        found[name] = layer
-    return found
+def _cotangents(estimator: Estimator, labels_N: Tensor, draws_N: Tensor) -> Cotangents:
+    """Give the gradients of the log-likelihood at the logits.
 
+    Those of ``exact`` are times the root of the label's probability, so that their squares
+    are weighted by it.
+    """
 
-def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
-    if isinstance(layer.padding, str) or layer.stride != (1, 1) or layer.groups != 1:
-        raise LearningError("the Fisher knows convolutions of stride 1, in one group, padded by n")
-    return layer.padding
-
-
-def _add_squares(
-    sums: dict[str, Tensor],
-    model: Classifier,
-    layers: dict[str, nn.Module],
-    inputs: Tensor,
-    labels_N: Tensor,
-    draws_N: Tensor,
-    estimator: Estimator,
-    start: int,
-) -> None:
-    """Add the squared per-example gradients of one chunk to `sums`."""
-    entering: dict[str, Tensor] = {}
-    leaving: dict[str, Tensor] = {}
-
-    def record(name: str) -> _Hook:
-        def hook(_: nn.Module, received: tuple[Tensor, ...], output: Tensor) -> None:
-            entering[name], leaving[name] = received[0].detach(), output
-
-        return hook
-
-    hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
-    try:
-        h = model.activations(inputs, stop=0).detach().requires_grad_()
-        logits_NC: Tensor = model.head(model.features(h, start=start))
-    finally:
-        for handle in hooks:
-            handle.remove()
-    log_p_NC = F.log_softmax(logits_NC, dim=1)
-    p_NC = log_p_NC.detach().exp()
-    if estimator == "exact":
-        rounds = [(log_p_NC[:, c].sum(), p_NC[:, c]) for c in range(model.num_classes)]
-    else:
+    def cotangents(logits_NC: Tensor, piece: slice) -> Iterator[Tensor]:
+        # In float64: one minus the probability of a sure answer would keep few digits.
+        p_NC = F.softmax(logits_NC.double(), dim=1)
+        if estimator == "exact":
+            for c in range(p_NC.shape[1]):
+                gradient_NC = -p_NC
+                gradient_NC[:, c] += 1
+                yield (gradient_NC * p_NC[:, c : c + 1].sqrt()).to(logits_NC.dtype)
+            return
         if estimator == "sampled":
-            edges_NC = p_NC.double().cumsum(1)
-            target_N1 = draws_N[:, None].to(edges_NC.device) * edges_NC[:, -1:]
-            labels_N = (edges_NC < target_N1).sum(1).clamp(max=model.num_classes - 1)
-        chosen_N = log_p_NC.gather(1, labels_N[:, None].to(log_p_NC.device))
-        rounds = [(chosen_N.sum(), torch.ones_like(p_NC[:, 0]))]
-    unfolded = {
-        name: F.unfold(entering[name], layer.kernel_size, padding=_padding(layer))
-        for name, layer in layers.items()
-        if isinstance(layer, nn.Conv2d)
-    }
-    for index, (log_likelihood, weight_N) in enumerate(rounds):
-        deltas = torch.autograd.grad(
-            log_likelihood, list(leaving.values()), retain_graph=index < len(rounds) - 1
-        )
-        for name, delta in zip(leaving, deltas, strict=True):
-            _add_layer(
-                sums, name, layers[name], entering[name], unfolded.get(name), delta, weight_N
-            )
+            edges_NC = p_NC.cumsum(1)
+            target_N1 = draws_N[piece, None].to(edges_NC.device) * edges_NC[:, -1:]
+            chosen_N = (edges_NC < target_N1).sum(1).clamp(max=p_NC.shape[1] - 1)
+        else:
+            chosen_N = labels_N[piece].to(p_NC.device)
+        one_hot_NC = F.one_hot(chosen_N.long(), p_NC.shape[1])
+        yield (one_hot_NC - p_NC).to(logits_NC.dtype)
 
-
-def _add_layer(
-    sums: dict[str, Tensor],
-    name: str,
-    layer: nn.Module,
-    inputs: Tensor,
-    unfolded_NKL: Tensor | None,
-    delta: Tensor,
-    weight_N: Tensor,
-) -> None:
-    """Add one layer's weighted squares; `delta` is the gradient at the layer's output."""
-    if isinstance(layer, nn.Linear):
-        weighted_NO = delta.square() * weight_N[:, None]
-        sums[f"{name}.weight"] += weighted_NO.T @ inputs.square()
-        sums[f"{name}.bias"] += weighted_NO.sum(0)
-        return
-    delta_NOL = delta.flatten(2)
-    sums[f"{name}.bias"] += weight_N @ delta_NOL.sum(2).square()
-    if unfolded_NKL is not None:
-        gradient_NOK = delta_NOL @ unfolded_NKL.transpose(1, 2)
-        squares = weight_N @ gradient_NOK.square().flatten(1)
-    else:
-        assert isinstance(layer, nn.GroupNorm)
-        normal = F.group_norm(inputs, layer.num_groups, eps=layer.eps)
-        squares = weight_N @ (delta_NOL * normal.flatten(2)).sum(2).square()
-    weight_sum = sums[f"{name}.weight"]
-    weight_sum += squares.view_as(weight_sum)
+    return cotangents

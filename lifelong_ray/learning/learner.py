@@ -8,8 +8,8 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lifelong_ray.config import ModelConfig
 from lifelong_ray.learning.analytic import AnalyticSums
-from lifelong_ray.learning.fisher import Fisher
-from lifelong_ray.learning.model import Classifier, in_chunks
+from lifelong_ray.learning.fisher import Fisher, fit_to_model
+from lifelong_ray.learning.model import Classifier, Head, Shape, Source, in_chunks
 from lifelong_ray.learning.replay import ReplayMemory
 from lifelong_ray.types import LearningError
 
@@ -32,7 +32,8 @@ LEARNER_FILE = "learner.safetensors"
 MEMORY_FILE = "memory.parquet"
 SETTINGS_FILE = "learner.json"
 
-_FORMAT = 1
+_FORMAT = 2
+_MEMORY_TYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,30 +44,35 @@ class Learner:
         model: In eval mode, on the CPU.
         class_names: The classes, in the order of the logits.
         fisher: Importance of each weight, at `anchor`.
+        anchor: The weights that EWC holds on to.
         sums: The analytic head's sums over everything seen.
         memory: Remembered examples.
+        class_means: Mean backbone features by class (C, D), of the examples that brought it.
         temperature: Divides the logits, so that confidences are meaningful.
         sums_exact: Whether `sums` are over every example ever seen, with the features of this
             backbone; else they were re-estimated from memory after the backbone moved.
+        ridge: The analytic head's regularisation.
+        num_updates: Updates since the base training.
+        memory_stage: Stages that the memory's inputs have passed; 0 for images.
     """
 
     model: Classifier
     class_names: tuple[str, ...]
     fisher: Fisher
+    anchor: dict[str, Tensor]
     sums: AnalyticSums
     memory: ReplayMemory
+    class_means: Tensor
     temperature: float
     sums_exact: bool
+    ridge: float = 0.0
+    num_updates: int = 0
+    memory_stage: int = 0
 
     @property
     def model_config(self) -> ModelConfig:
         """The architecture."""
         return self.model.config
-
-    @property
-    def anchor(self) -> dict[str, Tensor]:
-        """The weights that EWC holds on to: those this learner ended with."""
-        return {name: weight.detach() for name, weight in self.model.named_parameters()}
 
     def logits(self, images: Tensor) -> Tensor:
         """Return calibrated logits (N, C) for uint8 images (N, channels, height, width)."""
@@ -78,11 +84,14 @@ class Learner:
             "format": _FORMAT,
             "class_names": list(self.class_names),
             "model": self.model.config.model_dump(mode="json"),
-            "head_blocks": list(self.model.head.blocks),
-            "num_random_features": self.model.num_random_features,
+            "shape": asdict(self.model.shape),
             "active_head": self.model.active_head,
+            "analytic_weight": self.model.analytic_weight,
             "temperature": self.temperature,
             "sums_exact": self.sums_exact,
+            "ridge": self.ridge,
+            "num_updates": self.num_updates,
+            "memory_stage": self.memory_stage,
             "fisher_estimator": self.fisher.estimator,
             "num_fisher_examples": self.fisher.num_examples,
         }
@@ -92,7 +101,19 @@ class Learner:
             "sums.class_sums": self.sums.class_sums,
             "sums.counts": self.sums.counts,
             "memory.seen": self.memory.seen,
-        } | {f"fisher.{name}": value for name, value in self.fisher.values.items()}
+            "memory.updates": self.memory.updates,
+            "memory.logits": self.memory.logits,
+            "memory.stands_for": self.memory.weights(),
+            "class_means": self.class_means,
+        }
+        remembered |= {f"fisher.{name}": value for name, value in self.fisher.values.items()}
+        # Mostly the weights themselves, which are not kept twice.
+        own = {name: weight.detach() for name, weight in self.model.named_parameters()}
+        remembered |= {
+            f"anchor.{name}": value
+            for name, value in self.anchor.items()
+            if not (name in own and torch.equal(value, own[name]))
+        }
         return {
             MODEL_FILE: save_tensors(weights),
             LEARNER_FILE: save_tensors({k: t.cpu().contiguous() for k, t in remembered.items()}),
@@ -138,63 +159,102 @@ def _rebuild(files: Mapping[str, bytes]) -> Learner:
             "use the program that wrote it"
         )
     class_names = tuple(str(name) for name in settings["class_names"])
-    model = Classifier(
-        ModelConfig.model_validate(settings["model"]),
-        len(class_names),
-        int(settings["num_random_features"]),
-        head_blocks=tuple(int(size) for size in settings["head_blocks"]),
-    )
+    config = ModelConfig.model_validate(settings["model"])
+    # The weights are all in the version: nothing is fetched to rebuild it.
+    model = Classifier(config.model_copy(update={"weights": ""}), _shape(settings["shape"]))
+    model.config = config
     if model.num_classes != len(class_names):
         raise ValueError(f"the head has {model.num_classes} classes for {len(class_names)} names")
     model.load_state_dict(load_tensors(files[MODEL_FILE]))
-    if settings["active_head"] not in ("linear", "analytic"):
-        raise ValueError(f"active_head is {settings['active_head']!r}, not linear or analytic")
+    if settings["active_head"] not in get_args(Head):
+        raise ValueError(f"active_head is {settings['active_head']!r}, not one of {get_args(Head)}")
     model.active_head = settings["active_head"]
+    model.analytic_weight = float(settings["analytic_weight"])
     tensors = load_tensors(files[LEARNER_FILE])
-    prefix = "fisher."
     fisher = Fisher(
-        {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)},
+        _beginning_with("fisher.", tensors),
         settings["fisher_estimator"],
         int(settings["num_fisher_examples"]),
     )
-    sums = AnalyticSums(tensors["sums.gram"], tensors["sums.class_sums"], tensors["sums.counts"])
-    expected = (model.num_random_features, len(class_names))
+    sums = AnalyticSums(
+        gram=tensors["sums.gram"],
+        class_sums=tensors["sums.class_sums"],
+        counts=tensors["sums.counts"],
+        mode_class=model.analytic.mode_class.clone(),
+        num_classes=len(class_names),
+    )
+    expected = (model.num_random_features, len(sums.mode_class))
     if tuple(sums.class_sums.shape) != expected:
         raise ValueError(
             f"the analytic sums have shape {tuple(sums.class_sums.shape)}, the model {expected}"
         )
-    memory = _memory_from_parquet(files[MEMORY_FILE], tensors["memory.seen"])
+    own = {name: weight.detach() for name, weight in model.named_parameters()}
     return Learner(
         model=model.eval(),
         class_names=class_names,
         fisher=fisher.for_model(model),
+        anchor=fit_to_model(own | _beginning_with("anchor.", tensors), model, "anchor"),
         sums=sums,
-        memory=memory,
+        memory=_memory_from_parquet(files[MEMORY_FILE], tensors),
+        class_means=tensors["class_means"],
         temperature=float(settings["temperature"]),
         sums_exact=bool(settings["sums_exact"]),
+        ridge=float(settings["ridge"]),
+        num_updates=int(settings["num_updates"]),
+        memory_stage=int(settings["memory_stage"]),
     )
+
+
+def _shape(settings: dict[str, Any]) -> Shape:
+    if settings["source"] not in get_args(Source):
+        raise ValueError(f"the analytic head looks at {settings['source']!r}, which is nothing")
+    return Shape(
+        head_blocks=tuple(int(size) for size in settings["head_blocks"]),
+        num_random_features=int(settings["num_random_features"]),
+        source=settings["source"],
+        mode_class=tuple(int(c) for c in settings["mode_class"]),
+        branch_starts=tuple(int(stage) for stage in settings["branch_starts"]),
+        branch_blocks=tuple(tuple(int(n) for n in blocks) for blocks in settings["branch_blocks"]),
+    )
+
+
+def _beginning_with(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def _memory_to_parquet(memory: ReplayMemory) -> bytes:
     table = pa.table(
         {
             "label": pa.array(memory.labels.numpy(), pa.int64()),
-            "pixels": pa.array([image.numpy().tobytes() for image in memory.images], pa.binary()),
+            "input": pa.array([one.numpy().tobytes() for one in memory.inputs], pa.binary()),
         }
-    ).replace_schema_metadata({"shape": json.dumps(list(memory.images.shape[1:]))})
+    )
+    facts = {
+        "shape": json.dumps(list(memory.inputs.shape[1:])),
+        "dtype": str(memory.inputs.dtype).removeprefix("torch."),
+    }
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table.replace_schema_metadata(facts), sink, compression="zstd")
     return sink.getvalue()
 
 
-def _memory_from_parquet(data: bytes, seen_C: Tensor) -> ReplayMemory:
+def _memory_from_parquet(data: bytes, tensors: Mapping[str, Tensor]) -> ReplayMemory:
     table = pq.read_table(pa.BufferReader(data))
     shape = json.loads(table.schema.metadata[b"shape"])
+    dtype = _MEMORY_TYPES[table.schema.metadata[b"dtype"].decode()]
     labels = torch.tensor(table.column("label").to_pylist(), dtype=torch.int64)
-    pixels = bytearray().join(table.column("pixels").to_pylist())
-    images = torch.zeros((0, *shape), dtype=torch.uint8)
+    content = bytearray().join(table.column("input").to_pylist())
+    inputs = torch.zeros((0, *shape), dtype=dtype)
     if len(labels):
-        images = torch.frombuffer(pixels, dtype=torch.uint8).reshape(len(labels), *shape)
+        inputs = torch.frombuffer(content, dtype=dtype).reshape(len(labels), *shape)
+    seen_C = tensors["memory.seen"]
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(seen_C):
         raise ValueError(f"the memory has a label outside the {len(seen_C)} classes")
-    return ReplayMemory(images, labels, seen_C)
+    return ReplayMemory(
+        inputs=inputs,
+        labels=labels,
+        updates=tensors["memory.updates"],
+        logits=tensors["memory.logits"],
+        seen=seen_C,
+        stands_for=tensors["memory.stands_for"],
+    )

@@ -1,15 +1,16 @@
-"""The classifier: a backbone in stages, a linear head and an analytic head.
+"""The classifier: a backbone in stages, a trained head and an analytic head.
 
 Knows shapes and weights; does not know how either head is trained.
 
-Axes: N images, C classes, D backbone features, M random features.
+Axes: N images, C classes, D backbone features, W inputs of the analytic head, M random
+features, K modes (appearances of a class that the analytic head tells apart).
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,80 +18,161 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lifelong_ray.config import ModelConfig
+from lifelong_ray.learning.analytic import class_scores
+from lifelong_ray.learning.backbones import build_backbone, has_batch_statistics, standardise
+from lifelong_ray.learning.heads import GrowingCosine, GrowingLinear, make_head
+from lifelong_ray.learning.widening import RandomFeatures
 
-Head = Literal["linear", "analytic"]
+Head = Literal["linear", "analytic", "both"]
+Source = Literal["pixels", "features", "stages"]
 
 _CHUNK = 256
-_NORM_GROUPS = 8
-_NEW_ROW_SCALE = 0.01
+_STAGE_GRID = 4
 
 
-class GrowingLinear(nn.Linear):
-    """A linear layer that computes its outputs in the blocks they were added in.
-
-    A wider matrix product may round the old outputs differently; the same product again,
-    beside a new one, cannot.
+@dataclass(frozen=True)
+class Shape:
+    """What a classifier's size follows from, beside its configuration.
 
     Attributes:
-        blocks: Outputs added at each growth; they sum to `out_features`.
+        head_blocks: Classes added at each growth.
+        num_random_features: Width of the analytic head; 0 when there is none.
+        source: What the analytic head looks at.
+        mode_class: The class of each of its modes.
+        branch_starts: For each branch of an expanded network, the stage it leaves from.
+        branch_blocks: For each branch, the classes its head was grown in.
     """
 
-    def __init__(self, in_features: int, blocks: tuple[int, ...]) -> None:
-        super().__init__(in_features, sum(blocks))
-        self.blocks = blocks
+    head_blocks: tuple[int, ...]
+    num_random_features: int = 0
+    source: Source = "features"
+    mode_class: tuple[int, ...] | None = None
+    branch_starts: tuple[int, ...] = ()
+    branch_blocks: tuple[tuple[int, ...], ...] = ()
 
-    def forward(self, features_ND: Tensor) -> Tensor:
-        """Return outputs (N, C)."""
-        parts, first = [], 0
-        for size in self.blocks:
-            rows = slice(first, first + size)
-            parts.append(F.linear(features_ND, self.weight[rows], self.bias[rows]))
-            first += size
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    @property
+    def num_classes(self) -> int:
+        """Classes that the heads know."""
+        return sum(self.head_blocks)
 
-    def grown(self, num_outputs: int, generator: torch.Generator) -> GrowingLinear:
-        """Return a wider layer: old rows as they are, new ones small and random."""
-        old = self.out_features
-        fresh = torch.randn(num_outputs - old, self.in_features, generator=generator)
-        wider = copy.deepcopy(self)
-        wider.blocks = (*self.blocks, num_outputs - old)
-        wider.out_features = num_outputs
-        fresh = (fresh * _NEW_ROW_SCALE).to(self.weight)
-        wider.weight = nn.Parameter(torch.cat([self.weight.detach(), fresh]))
-        wider.bias = nn.Parameter(F.pad(self.bias.detach(), (0, num_outputs - old)))
-        return wider
+
+class AnalyticHead(nn.Module):
+    """Random features of what it looks at, times the weights that the sums decide.
+
+    Attributes:
+        source: What it looks at.
+        widening: The random features.
+        weights_MK: One column per mode.
+        mode_class: The class of each mode (K,).
+        sharpness: How the modes of a class are put together.
+    """
+
+    def __init__(
+        self, source: Source, num_inputs: int, num_features: int, mode_class: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.source = source
+        self.widening = RandomFeatures(num_inputs, num_features)
+        self.weights_MK: Tensor
+        self.mode_class: Tensor
+        self.sharpness: Tensor
+        self.register_buffer("weights_MK", torch.zeros(num_features, len(mode_class)))
+        self.register_buffer("mode_class", torch.tensor(list(mode_class), dtype=torch.int64))
+        self.register_buffer("sharpness", torch.ones(()))
+
+    def forward(self, inputs_NW: Tensor, num_classes: int) -> Tensor:
+        """Return logits (N, C)."""
+        return self.together(self.widening(inputs_NW) @ self.weights_MK, num_classes)
+
+    def together(self, scores_NK: Tensor, num_classes: int) -> Tensor:
+        """Return logits (N, C) for scores by mode."""
+        if len(self.mode_class) == num_classes:
+            return scores_NK[:, self.mode_class.argsort()]
+        mode_class = self.mode_class.to(scores_NK.device)
+        return class_scores(scores_NK, mode_class, num_classes, float(self.sharpness))
+
+    def set_modes(self, mode_class: Tensor, weights_MK: Tensor, sharpness: float = 1.0) -> None:
+        """Take over what the sums decided."""
+        device = self.weights_MK.device
+        self.mode_class = mode_class.to(device)
+        self.weights_MK = weights_MK.to(device)
+        self.sharpness = torch.tensor(sharpness, device=device)
+
+
+class Branch(nn.Module):
+    """A later part of the network beside the one before it, with a head of its own.
+
+    Attributes:
+        start: The stage whose input it shares with the trunk.
+        stages: Its own copies of the stages from there on.
+        head: Adds to the trunk's logits; zero at first.
+    """
+
+    def __init__(
+        self, start: int, stages: nn.ModuleList, head: GrowingLinear | GrowingCosine
+    ) -> None:
+        super().__init__()
+        self.start = start
+        self.stages = stages
+        self.head = head
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What the heads look at.
+
+    Attributes:
+        features: The backbone's features, of the trunk and then of each branch (N, D).
+        wide: The analytic head's inputs (N, W); empty where there is no such head.
+    """
+
+    features: Tensor
+    wide: Tensor
 
 
 class Classifier(nn.Module):
     """Images to one logit per class.
 
-    There is no batch normalisation: an answer never depends on its batch, and no
-    running statistic can drift away from what the penalties protect.
+    Batch normalisation, where the architecture has it, answers with fixed statistics but
+    for a base training: an answer never depends on its batch, and no running statistic
+    drifts away from what the penalties protect.
 
     Attributes:
-        active_head: Which head `forward` answers with.
+        active_head: Which head `forward` answers with; ``both`` adds their logits.
+        analytic_weight: Multiplies the analytic head's logits where both answer.
+        learns_statistics: Whether training mode lets batch normalisation use its batch.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        num_classes: int,
-        num_random_features: int = 0,
-        *,
-        head_blocks: tuple[int, ...] | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, shape: Shape) -> None:
         super().__init__()
         self.config = config
         self.active_head: Head = "linear"
-        stages, side = _stages(config)
-        self.stages = nn.ModuleList(stages)
-        self._grid = min(config.pool_size, side)
-        num_features = config.widths[-1] * self._grid**2
-        self.head = GrowingLinear(num_features, head_blocks or (num_classes,))
-        self.projection_DM: Tensor
-        self.analytic_MC: Tensor
-        self.register_buffer("projection_DM", torch.zeros(num_features, num_random_features))
-        self.register_buffer("analytic_MC", torch.zeros(num_random_features, num_classes))
+        self.analytic_weight = 1.0
+        self.learns_statistics = False
+        backbone = build_backbone(config)
+        self.stages = backbone.stages
+        self._grid = backbone.grid
+        self._num_trunk_features = backbone.num_features
+        self.head = make_head(config.head, backbone.num_features, shape.head_blocks)
+        self.branches = nn.ModuleList()
+        for start, blocks in zip(shape.branch_starts, shape.branch_blocks, strict=True):
+            head = make_head(config.head, backbone.num_features, blocks)
+            self.branches.append(Branch(start, copy.deepcopy(self.stages[start:]), head))
+        modes = range(shape.num_classes) if shape.mode_class is None else shape.mode_class
+        self.analytic = AnalyticHead(shape.source, 0, shape.num_random_features, list(modes))
+        self.analytic.widening = RandomFeatures(sum(self.wide_blocks()), shape.num_random_features)
+
+    @property
+    def shape(self) -> Shape:
+        """What a classifier of this size is built from."""
+        return Shape(
+            head_blocks=self.head.blocks,
+            num_random_features=self.num_random_features,
+            source=self.analytic.source,
+            mode_class=tuple(self.analytic.mode_class.tolist()),
+            branch_starts=tuple(branch.start for branch in self._branches()),
+            branch_blocks=tuple(branch.head.blocks for branch in self._branches()),
+        )
 
     @property
     def num_classes(self) -> int:
@@ -99,21 +181,35 @@ class Classifier(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Backbone features of one image."""
-        return self.head.in_features
+        """Backbone features of one image, those of the branches included."""
+        return self._num_trunk_features * (1 + len(self.branches))
 
     @property
     def num_random_features(self) -> int:
         """Width of the analytic head's projection; 0 when there is none."""
-        return self.projection_DM.shape[1]
+        return self.analytic.weights_MK.shape[0]
 
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
         return self.head.weight.device
 
+    @property
+    def has_batch_statistics(self) -> bool:
+        """Whether the architecture normalises over batches."""
+        return has_batch_statistics(self)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Set training mode; batch normalisation follows only where it may learn."""
+        super().train(mode)
+        if mode and not self.learns_statistics:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
     def activations(self, inputs: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
-        """Run the stages from `start` up to, not including, `stop`.
+        """Run the trunk's stages from `start` up to, not including, `stop`.
 
         Args:
             inputs: uint8 images (N, channels, height, width), or floating-point activations
@@ -121,37 +217,72 @@ class Classifier(nn.Module):
             start: Stages that `inputs` have already passed.
             stop: None means to the end of the backbone.
         """
-        h = inputs if inputs.is_floating_point() else inputs.float() / 255
+        h = self._entering(inputs)
         for stage in self.stages[start:stop]:
             h = stage(h)
         return h
 
     def features(self, inputs: Tensor, *, start: int = 0) -> Tensor:
         """Return backbone features (N, D); arguments as in `activations`."""
-        h = self.activations(inputs, start=start)
-        if h.dim() == 4:
-            h = F.adaptive_avg_pool2d(h, self._grid)
-        return h.flatten(1)
+        return self._run(inputs, start)[0]
 
-    def random_features(self, features_ND: Tensor) -> Tensor:
-        """Return the analytic head's inputs (N, M) for backbone features."""
-        return F.relu(features_ND @ self.projection_DM)
+    def see(self, inputs: Tensor, *, start: int = 0, pixels: Tensor | None = None) -> Seen:
+        """Return what both heads look at; arguments as in `activations`.
 
-    def answer(self, features_ND: Tensor) -> Tensor:
-        """Return logits (N, C) of the active head for backbone features."""
+        Args:
+            inputs: As in `activations`; `start` may be at most the last stage.
+            start: As there.
+            pixels: The images, where `inputs` are not and the analytic head looks at pixels.
+        """
+        features, last_two = self._run(inputs, start)
+        if not self.num_random_features:
+            return Seen(features, features[:, :0])
+        if self.analytic.source == "features":
+            return Seen(features, features)
+        if self.analytic.source == "pixels":
+            images = inputs if pixels is None else pixels
+            return Seen(features, self._entering(images).flatten(1))
+        wide = [self._pooled(h, _STAGE_GRID) for h in last_two]
+        return Seen(features, torch.cat(wide, dim=1))
+
+    def trained_logits(self, inputs: Tensor, *, start: int = 0) -> Tensor:
+        """Return logits (N, C) of the trained head; arguments as in `activations`."""
+        return self.logits_of(self.features(inputs, start=start))
+
+    def logits_of(self, features_ND: Tensor) -> Tensor:
+        """Return logits (N, C) of the trained head for backbone features."""
+        parts = features_ND.split(self._num_trunk_features, dim=1)
+        logits_NC: Tensor = self.head(parts[0])
+        for branch, part in zip(self._branches(), parts[1:], strict=True):
+            logits_NC = logits_NC + branch.head(part)
+        return logits_NC
+
+    def answer(self, seen: Seen) -> Tensor:
+        """Return logits (N, C) of the active head."""
         if self.active_head == "analytic":
-            return self.random_features(features_ND) @ self.analytic_MC
-        logits_NC: Tensor = self.head(features_ND)
+            logits_NC: Tensor = self.analytic(seen.wide, self.num_classes)
+            return logits_NC
+        logits_NC = self.logits_of(seen.features)
+        if self.active_head == "both":
+            logits_NC = logits_NC + self.analytic_weight * self.analytic(
+                seen.wide, self.num_classes
+            )
         return logits_NC
 
     def forward(self, images: Tensor) -> Tensor:
         """Return uncalibrated logits (N, C) of the active head for uint8 images."""
-        return self.answer(self.features(images))
+        if self.active_head == "linear":
+            return self.trained_logits(images)
+        if self.active_head == "analytic" and self.analytic.source == "pixels":
+            wide_NW = self._entering(images).flatten(1)
+            logits_NC: Tensor = self.analytic(wide_NW, self.num_classes)
+            return logits_NC
+        return self.answer(self.see(images))
 
     def grow(self, num_classes: int, generator: torch.Generator) -> None:
         """Make room for more classes; the rows of the old ones stay as they are, to the bit.
 
-        New rows of the linear head are small and random, of the analytic head zero.
+        New rows of the trained head are small and random, of the analytic head zero.
         """
         old = self.num_classes
         if num_classes < old:
@@ -159,7 +290,32 @@ class Classifier(nn.Module):
         if num_classes == old:
             return
         self.head = self.head.grown(num_classes, generator)
-        self.analytic_MC = F.pad(self.analytic_MC, (0, num_classes - old))
+        for branch in self._branches():
+            branch.head = branch.head.grown(num_classes, generator)
+            with torch.no_grad():
+                branch.head.weight[old:] = 0
+        fresh = torch.arange(old, num_classes, device=self.device)
+        self.analytic.set_modes(
+            torch.cat([self.analytic.mode_class, fresh]),
+            F.pad(self.analytic.weights_MK, (0, num_classes - old)),
+            float(self.analytic.sharpness),
+        )
+
+    def expand(self, start: int) -> None:
+        """Add a branch from stage `start` on; the answers stay as they are, to the bit.
+
+        The new branch starts as a copy of the trunk's stages, with a head of zeros.
+
+        Source: Yan et al. 2021, arXiv:2103.16788, whose branches are whole networks; here
+        they share the first stages.
+        """
+        if self.config.head != "linear":
+            raise ValueError(f"a {self.config.head} head cannot be expanded; use a linear one")
+        head = copy.deepcopy(self.head)
+        nn.init.zeros_(head.weight)
+        assert isinstance(head.bias, Tensor)
+        nn.init.zeros_(head.bias)
+        self.branches.append(Branch(start, copy.deepcopy(self.stages[start:]), head))
 
     def freeze_stages(self, num_stages: int) -> None:
         """Let training change only the stages after the first `num_stages`, and the head."""
@@ -170,13 +326,74 @@ class Classifier(nn.Module):
         for index, stage in enumerate(self.stages):
             stage.requires_grad_(index >= num_stages)
 
+    def freeze_but_last_branch(self) -> None:
+        """Let training change only the newest branch and every head."""
+        self.stages.requires_grad_(False)
+        for branch in list(self._branches())[:-1]:
+            branch.stages.requires_grad_(False)
+
     def copy(self) -> Classifier:
         """Return an independent copy."""
         return copy.deepcopy(self)
 
+    def _branches(self) -> Iterator[Branch]:
+        for branch in self.branches:
+            assert isinstance(branch, Branch)
+            yield branch
+
+    def _entering(self, inputs: Tensor) -> Tensor:
+        return inputs if inputs.is_floating_point() else standardise(inputs, self.config.pixels)
+
+    def _run(self, inputs: Tensor, start: int) -> tuple[Tensor, list[Tensor]]:
+        """Features, and what the trunk's last stage takes and gives, then each branch gives."""
+        h = self._entering(inputs)
+        before = h
+        entering: dict[int, Tensor] = {}
+        for index in range(start, len(self.stages)):
+            entering[index] = before = h
+            h = self.stages[index](h)
+        parts, outputs = [self._pooled(h, self._grid)], [before, h]
+        for branch in self._branches():
+            h = entering[branch.start]
+            for stage in branch.stages:
+                h = stage(h)
+            parts.append(self._pooled(h, self._grid))
+            outputs.append(h)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), outputs
+
+    def wide_blocks(self) -> list[int]:
+        """Return the numbers of inputs of the analytic head, by where they come from."""
+        config, source = self.config, self.analytic.source
+        if not self.num_random_features:
+            return []
+        if source == "features":
+            return [self._num_trunk_features] * (1 + len(self.branches))
+        if source == "pixels":
+            return [config.channels * config.image_size**2]
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            blank = torch.zeros(1, config.channels, config.image_size, config.image_size)
+            outputs = self._run(blank.to(self.device), 0)[1]
+        self.train(was_training)
+        return [self._pooled(h, _STAGE_GRID).shape[1] for h in outputs]
+
+    @staticmethod
+    def _pooled(h: Tensor, grid: int) -> Tensor:
+        """Features (N, D): maps are averaged to a grid of at most `grid` by `grid`."""
+        if h.dim() == 4:
+            side = (min(grid, h.shape[2]), min(grid, h.shape[3]))
+            h = F.adaptive_avg_pool2d(h, side)
+        return h.flatten(1)
+
 
 def build_model(
-    config: ModelConfig, num_classes: int, seed: int, *, num_random_features: int = 0
+    config: ModelConfig,
+    num_classes: int,
+    seed: int,
+    *,
+    num_random_features: int = 0,
+    source: Source = "features",
 ) -> Classifier:
     """Build a classifier whose random weights follow from `seed` alone.
 
@@ -188,7 +405,7 @@ def build_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Classifier(config, num_classes, num_random_features)
+        return Classifier(config, Shape((num_classes,), num_random_features, source))
 
 
 @torch.no_grad()
@@ -198,38 +415,3 @@ def in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int =
     The pieces are the same for the same input, so the result is reproducible to the bit.
     """
     return torch.cat([function(inputs[i : i + chunk]) for i in range(0, len(inputs), chunk)])
-
-
-def _stages(config: ModelConfig) -> tuple[list[nn.Module], int]:
-    """The backbone, and the side of what leaves it."""
-    stages: list[nn.Module] = []
-    if config.name == "mlp":
-        inputs = config.channels * config.image_size**2
-        for width in config.widths:
-            stages.append(nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.ReLU()))
-            inputs = width
-        return stages, 1
-    channels: int = config.channels
-    side = config.image_size
-    for index, width in enumerate(config.widths):
-        layers: list[nn.Module] = [
-            nn.Conv2d(channels, width, kernel_size=3, padding=1),
-            nn.GroupNorm(_num_groups(width), width),
-            nn.ReLU(),
-        ]
-        if index < len(config.widths) - 1 and side >= 2:
-            layers.append(nn.MaxPool2d(2))
-            side //= 2
-        stages.append(nn.Sequential(*layers))
-        channels = width
-    return stages, side
-
-
-def _num_groups(width: int) -> int:
-    """Groups of at least two channels where possible.
-
-    In groups of one the norm cancels the convolution's bias: its gradient is rounding error,
-    which Adam would blow up to full steps.
-    """
-    groups = math.gcd(_NORM_GROUPS, width)
-    return groups if groups < width else max(1, width // 2)

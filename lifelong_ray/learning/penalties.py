@@ -1,17 +1,20 @@
 """What keeps an update from forgetting: losses beside the labels' own.
 
-Pure functions of tensors; the trainer weighs and adds them.
+Know tensors only; the trainer weighs and adds them.
 
-Axes: B batch, C classes.
+Axes: B batch, C classes, K classes known when logits were stored.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
 
 
 def ewc_penalty(
@@ -40,33 +43,135 @@ def ewc_penalty(
 
 
 class EwcPenalty:
-    """`ewc_penalty` with the anchor laid out once, for a loop that asks at every step."""
+    """`ewc_penalty` laid out for a training that pays for it at every step.
 
-    def __init__(self, anchor: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> None:
-        self._shapes = {name: value.shape for name, value in anchor.items()}
-        for name, shape in self._shapes.items():
-            if fisher[name].shape != shape:
+    `add_gradient` needs no backward pass: the gradient is the Fisher times the way from the
+    anchor. A penalty too heavy for the learning rate throws the weights further from the anchor
+    at every step, so that its value grows until it is not finite: looking at the value every
+    few steps is enough to notice.
+    """
+
+    def __init__(
+        self,
+        anchor: Mapping[str, Tensor],
+        fisher: Mapping[str, Tensor],
+        factors: Mapping[str, float] | None = None,
+    ) -> None:
+        """Take over anchor and Fisher.
+
+        Args:
+            anchor: Weights to stay close to, by name.
+            fisher: Their importance; shapes as in `anchor`.
+            factors: Multiply the importance, by beginning of a weight's name; the longest that
+                fits counts, and 1 where none does.
+
+        Raises:
+            ValueError: If a shape differs between the two.
+        """
+        factors = factors or {}
+        self._anchor: dict[str, Tensor] = {}
+        self._fisher: dict[str, Tensor] = {}
+        used: set[str] = set()
+        for name, value in anchor.items():
+            if fisher[name].shape != value.shape:
                 raise ValueError(
-                    f"{name} has an anchor of shape {tuple(shape)} but a Fisher of shape "
+                    f"{name} has an anchor of shape {tuple(value.shape)} but a Fisher of shape "
                     f"{tuple(fisher[name].shape)}; estimate the Fisher at the anchor"
                 )
-        self._anchor = torch.cat([value.detach().flatten() for value in anchor.values()])
-        self._fisher = torch.cat([fisher[name].detach().flatten() for name in anchor])
+            fitting = [prefix for prefix in factors if name.startswith(prefix)]
+            used.update(fitting)
+            factor = factors[max(fitting, key=len)] if fitting else 1.0
+            self._anchor[name] = value.detach().clone()
+            self._fisher[name] = fisher[name].detach() * factor
+        if idle := sorted(factors.keys() - used):
+            logger.warning("EWC holds no weight that begins with %s", ", ".join(idle))
+        # As `add_gradient` needs them: in the order of the anchor, laid out as the weights.
+        self._fitted_to: list[Tensor] = []
+        self._anchors: list[Tensor] = []
+        self._fishers: list[Tensor] = []
+        self._grown: list[int] = []
+        self._scratch: list[Tensor] | None = None
 
     def __call__(self, now: Mapping[str, Tensor]) -> Tensor:
         """Return the penalty of the weights `now`; those without an anchor are free."""
-        flat = []
-        for name, expected in self._shapes.items():
+        parts = []
+        for name, anchor in self._anchor.items():
             weight = now[name]
-            if weight.shape != expected and not (
-                name.startswith("head.") and weight.shape[1:] == expected[1:]
-            ):
-                raise ValueError(
-                    f"{name} has shape {tuple(weight.shape)} but its anchor has "
-                    f"{tuple(expected)}; re-anchor after changing the model"
-                )
-            flat.append(weight[: expected[0]].flatten())
-        return 0.5 * torch.dot(self._fisher, (torch.cat(flat) - self._anchor).square())
+            if weight.shape != anchor.shape:
+                weight = weight[: self._num_rows(name, weight)]
+            parts.append((self._fisher[name] * (weight - anchor).square()).sum())
+        return 0.5 * torch.stack(parts).sum()
+
+    @torch.no_grad()
+    def value(self, now: Mapping[str, Tensor]) -> float:
+        """Return the penalty as a number; not finite where training has diverged."""
+        return float(self(now))
+
+    @torch.no_grad()
+    def add_gradient(self, weights: Mapping[str, nn.Parameter], scale: float) -> None:
+        """Add `scale` times the penalty's gradient to the weights' ``grad``, in place.
+
+        Raises:
+            ValueError: If a weight changed shape in anything but added head rows.
+        """
+        held = [weights[name] for name in self._anchor]
+        if not self._is_fitted_to(held):
+            self._fit_to(held)
+        gradients: list[Tensor] = []
+        for weight in held:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            gradients.append(weight.grad)
+        now: list[Tensor] = list(held)
+        for index in self._grown:
+            rows = len(self._anchors[index])
+            now[index], gradients[index] = now[index][:rows], gradients[index][:rows]
+        if self._scratch is None:
+            away = torch._foreach_sub(now, self._anchors)
+            torch._foreach_addcmul_(gradients, away, self._fishers, value=scale)
+            return
+        # Memory is what a processor waits for here: one scratch stays in its cache.
+        for weight, gradient, anchor, fisher, away in zip(
+            now, gradients, self._anchors, self._fishers, self._scratch, strict=True
+        ):
+            torch.sub(weight, anchor, out=away)
+            gradient.addcmul_(away, fisher, value=scale)
+
+    def _is_fitted_to(self, held: list[nn.Parameter]) -> bool:
+        return len(held) == len(self._fitted_to) and all(
+            one is other for one, other in zip(held, self._fitted_to, strict=True)
+        )
+
+    def _fit_to(self, held: list[nn.Parameter]) -> None:
+        """Lay anchor and Fisher out in memory as the weights are."""
+        self._grown = []
+        for index, (name, weight) in enumerate(zip(self._anchor, held, strict=True)):
+            rows = weight.detach()
+            if weight.shape != self._anchor[name].shape:
+                rows = rows[: self._num_rows(name, weight)]
+                self._grown.append(index)
+            for values in (self._anchor, self._fisher):
+                values[name] = torch.empty_like(rows).copy_(values[name])
+        self._anchors, self._fishers = list(self._anchor.values()), list(self._fisher.values())
+        self._scratch = None
+        if all(anchor.device.type == "cpu" for anchor in self._anchors):
+            most = max(anchor.numel() for anchor in self._anchors)
+            scratch = torch.empty(most, dtype=self._anchors[0].dtype)
+            self._scratch = [
+                scratch.as_strided(anchor.shape, anchor.stride()) for anchor in self._anchors
+            ]
+        self._fitted_to = list(held)
+
+    def _num_rows(self, name: str, weight: Tensor) -> int:
+        """How many rows of a grown head have an anchor."""
+        expected = self._anchor[name].shape
+        is_head = f".{name}".rsplit(".", 2)[-2] == "head"
+        if not is_head or weight.shape[1:] != expected[1:] or weight.shape < expected:
+            raise ValueError(
+                f"{name} has shape {tuple(weight.shape)} but its anchor has "
+                f"{tuple(expected)}; re-anchor after changing the model"
+            )
+        return expected[0]
 
 
 def distillation_loss(logits_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
@@ -96,3 +201,36 @@ def distillation_loss(logits_BC: Tensor, teacher_BC: Tensor, temperature: float)
     teacher = F.log_softmax(teacher_BC / temperature, dim=1)
     divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
     return temperature**2 * divergence
+
+
+def dark_loss(logits_BC: Tensor, stored_BK: Tensor) -> Tensor:
+    """Mean squared distance from the logits stored with each example, per example (B,).
+
+    Over the classes that were known when they were stored: columns of `logits_BC` beyond K are
+    free, and so are those where the stored logit is NaN, which stands for a class that came
+    after the example. An example without any stored logit costs nothing.
+
+    Args:
+        logits_BC: Of the model now.
+        stored_BK: Of the model then, padded with NaN.
+
+    Raises:
+        ValueError: If more classes are stored than the model has.
+
+    Source: Buzzega et al. 2020, arXiv:2004.07211, eq. 4, with the mean over the known classes
+    in place of the sum over all.
+
+    >>> dark_loss(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[0.0, float("nan")]]))
+    tensor([1.])
+    """
+    num_stored = stored_BK.shape[1]
+    if num_stored > logits_BC.shape[1]:
+        raise ValueError(
+            f"logits of {num_stored} classes are stored and the model has {logits_BC.shape[1]}; "
+            "grow the model first"
+        )
+    known_BK = ~stored_BK.isnan()
+    # NaN times zero would be NaN, in the gradient too.
+    target_BK = torch.where(known_BK, stored_BK, 0.0)
+    away_BK = torch.where(known_BK, logits_BC[:, :num_stored] - target_BK, 0.0)
+    return away_BK.square().sum(1) / known_BK.sum(1).clamp(min=1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,24 +20,25 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lifelong_ray.config import TrainerConfig
+from lifelong_ray.learning.backbones import settle_statistics
 from lifelong_ray.learning.chance import generator_for
 from lifelong_ray.learning.collective import Alone, Collective
 from lifelong_ray.learning.model import Classifier
+from lifelong_ray.learning.rates import find_rate, rate_and_momentum
 from lifelong_ray.types import LearningError
 
 logger = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 
-_WARM_UP_SHARE = 0.3
-_START_DIVISOR = 25.0
-_END_DIVISOR = 1e4
-_BETA_1 = (0.95, 0.85)
 _BETA_2 = 0.999
+_FIRST_STEPS_CHECKED = 3
+_CHECK_EVERY = 10
+_NUM_SETTLING = 2_048
 _PROGRESS = "progress"
 
 
@@ -60,18 +61,36 @@ class ExampleTerm:
 class WeightTerm:
     """A loss of the weights alone, such as EWC.
 
+    Its gradient is added without a backward pass, since it is known in closed form and
+    every step pays for it.
+
     Attributes:
         name: Names it in reports.
         weight: Multiplies it; 0 leaves it out entirely.
-        loss: From the model to a scalar.
+        loss: From the weights by name to a scalar.
+        add_gradient: Adds the loss's gradient, times a scale, to the weights' ``grad``.
     """
 
     name: str
     weight: float
-    loss: Callable[[Classifier], Tensor]
+    loss: Callable[[dict[str, nn.Parameter]], Tensor]
+    add_gradient: Callable[[dict[str, nn.Parameter], float], None]
 
 
 LossTerm = ExampleTerm | WeightTerm
+
+
+@dataclass(frozen=True, eq=False)
+class Rivals:
+    """Which classes an example's label competes with, where that is not all of them.
+
+    Attributes:
+        group: Each training example's group (N,).
+        allowed: Whether a class competes for the examples of a group (G, C).
+    """
+
+    group: Tensor
+    allowed: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,35 +124,19 @@ class TrainReport:
         samples_seen: Examples shown in gradient steps.
         seconds: Training time, including that before an interruption.
         stopped_early: Whether `on_epoch` asked to stop.
+        learning_rate: The peak that was used, set or found.
     """
 
     epochs: tuple[EpochReport, ...]
     samples_seen: int
     seconds: float
     stopped_early: bool
+    learning_rate: float
 
 
 OnEpoch = Callable[[EpochReport, Callable[[], bytes]], bool]
 """Called after every epoch on every worker with the report and a function that gives the
 checkpoint's bytes; True stops the training there."""
-
-
-def one_cycle(step: int, num_steps: int, peak: float) -> tuple[float, float]:
-    """Return learning rate and first momentum of a step, from 0.
-
-    Source: Smith and Topin 2018, arXiv:1708.07120; the numbers are those of
-    `torch.optim.lr_scheduler.OneCycleLR`, which has no closed form to resume from.
-
-    >>> [round(one_cycle(step, 100, 0.25)[0], 3) for step in (0, 29, 99)]
-    [0.01, 0.25, 0.0]
-    """
-    top = max(_WARM_UP_SHARE * num_steps - 1, 0.0)
-    start = peak / _START_DIVISOR
-    if step <= top and top > 0:
-        share = step / top
-        return _cosine(start, peak, share), _cosine(_BETA_1[0], _BETA_1[1], share)
-    share = (step - top) / max(num_steps - 1 - top, 1.0)
-    return _cosine(peak, start / _END_DIVISOR, share), _cosine(_BETA_1[1], _BETA_1[0], share)
 
 
 def train(
@@ -147,6 +150,7 @@ def train(
     terms: tuple[LossTerm, ...] = (),
     batches: Callable[[torch.Generator], list[Tensor]] | None = None,
     start: int = 0,
+    rivals: Rivals | None = None,
     collective: Collective | None = None,
     validate: Callable[[Classifier], float] | None = None,
     resume: bytes | None = None,
@@ -168,6 +172,7 @@ def train(
         batches: From a generator to one epoch's batches of positions, always equally many;
             None means random batches of `config.batch_size`.
         start: Stages that `inputs` have passed already.
+        rivals: Which classes compete; None means all.
         collective: The workers; None means this one alone.
         validate: Gives an accuracy after every epoch.
         resume: Bytes of a checkpoint of this very training.
@@ -179,22 +184,32 @@ def train(
     """
     if not len(inputs):
         raise LearningError("there are no examples to train on")
-    if start and config.max_shift_px:
+    if start and (config.max_shift_px or config.mirror):
         raise ValueError(
-            f"activations of stage {start} cannot be shifted as images are; pass the images, "
-            "or set max_shift_px to 0"
+            f"activations of stage {start} cannot be moved as images are; pass the images, "
+            "or set max_shift_px to 0 and mirror to false"
         )
-    loop = _Loop(model, inputs, labels, config, seed, terms, batches, start, collective)
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        # Half as fast again on CPUs, and what tensor cores want.
+        model.to(memory_format=torch.channels_last)
+    data = _Data(inputs, labels, start, rivals)
+    group = collective or Alone()
+    rate = config.learning_rate
+    if not rate:
+        trial = _Loop(model.copy(), data, config, 1.0, seed, terms, batches, group)
+        rate = find_rate(trial.try_rate)
+        logger.info("the learning-rate range test gives %.2g", rate)
+    loop = _Loop(model, data, config, rate, seed, terms, batches, group)
     if resume is not None:
         loop.restore(resume)
     stopped = False
-    while loop.epoch < config.epochs and not stopped:
+    while loop.epoch < loop.num_epochs and not stopped:
         began_s = clock()
         losses = loop.run_epoch()
         loop.seconds += clock() - began_s
         report = EpochReport(
             epoch=loop.epoch,
-            num_epochs=config.epochs,
+            num_epochs=loop.num_epochs,
             losses=losses,
             samples_seen=loop.samples_seen,
             seconds=loop.seconds,
@@ -203,7 +218,17 @@ def train(
         loop.reports.append(report)
         if on_epoch is not None:
             stopped = loop.agree(on_epoch(report, loop.checkpoint))
-    return TrainReport(tuple(loop.reports), loop.samples_seen, loop.seconds, stopped)
+    return TrainReport(tuple(loop.reports), loop.samples_seen, loop.seconds, stopped, rate)
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """What is trained on: the arguments of `train` of the same names."""
+
+    inputs: Tensor
+    labels: Tensor
+    start: int
+    rivals: Rivals | None
 
 
 class _Loop:
@@ -212,111 +237,203 @@ class _Loop:
     def __init__(
         self,
         model: Classifier,
-        inputs: Tensor,
-        labels: Tensor,
+        data: _Data,
         config: TrainerConfig,
+        rate: float,
         seed: int,
         terms: tuple[LossTerm, ...],
         batches: Callable[[torch.Generator], list[Tensor]] | None,
-        start: int,
-        collective: Collective | None,
+        group: Collective,
     ) -> None:
         self.epoch = 0
         self.samples_seen = 0
         self.seconds = 0.0
         self.reports: list[EpochReport] = []
         self._model = model
-        self._inputs = inputs
-        self._labels = labels
+        self._data = data
         self._config = config
+        self._rate = rate
         self._seed = seed
         self._example_terms = [t for t in terms if isinstance(t, ExampleTerm) and t.weight]
         self._weight_terms = [t for t in terms if isinstance(t, WeightTerm) and t.weight]
         self._batches = batches or self._random_batches
-        self._start = start
-        self._group = collective or Alone()
-        if self._group.world_size > config.num_shards and self._group.rank == 0:
+        self._group = group
+        if group.world_size > config.num_shards and group.rank == 0:
             logger.warning(
                 "%d workers share %d shards, so some have nothing to do; raise num_shards",
-                self._group.world_size,
+                group.world_size,
                 config.num_shards,
             )
-        self._weights = [w for w in model.parameters() if w.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        self._most_at_once = config.max_examples_at_once or config.batch_size**2
+        self._named = {name: w for name, w in model.named_parameters() if w.requires_grad}
+        self._weights = list(self._named.values())
+        self._optimizer = _optimizer(self._weights, config)
         self._steps_per_epoch = len(self._batches(generator_for(seed, "batches", 0)))
+        self._num_steps = config.iterations or config.epochs * self._steps_per_epoch
+        self.num_epochs = math.ceil(self._num_steps / self._steps_per_epoch)
 
     def run_epoch(self) -> dict[str, float]:
         """Run one epoch and return the mean losses by term."""
         batches = self._batches(generator_for(self._seed, "batches", self.epoch))
         assert len(batches) == self._steps_per_epoch
+        first = self.epoch * self._steps_per_epoch
+        batches = batches[: self._num_steps - first]
         self._model.train()
-        totals: dict[str, float] = {}
+        totals: dict[str, list[float]] = {}
         for index, batch in enumerate(batches):
-            step = self.epoch * self._steps_per_epoch + index
-            for name, value in self._step(step, batch).items():
-                totals[name] = totals.get(name, 0.0) + value
+            for name, value in self._step(first + index, batch).items():
+                totals.setdefault(name, []).append(value)
             self.samples_seen += len(batch)
+        self._settle()
         self._model.eval()
         self.epoch += 1
-        return {name: total / len(batches) for name, total in totals.items()}
+        return {name: sum(values) / len(values) for name, values in totals.items()}
+
+    def try_rate(self, step: int, rate: float) -> float:
+        """Take one step of the range test at `rate` and return the loss before it."""
+        batches = self._batches(generator_for(self._seed, "batches", 0))
+        self._model.train()
+        self._rate = rate
+        losses = self._gradients(step, batches[step % len(batches)])
+        self._apply(rate, 0.9)
+        return float(losses.sum())
 
     def _step(self, step: int, batch_B: Tensor) -> dict[str, float]:
-        self._optimizer.zero_grad()
-        mine = self._mine(len(batch_B))
-        losses = {"labels": torch.zeros((), device=self._model.device)}
-        losses |= {term.name: torch.zeros_like(losses["labels"]) for term in self._example_terms}
-        if len(mine):
-            losses = self._example_losses(step, batch_B, mine)
-            torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-        for weight in self._weights:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        shared = torch.stack([loss.detach() for loss in losses.values()])
-        self._group.sum([*(w.grad for w in self._weights if w.grad is not None), shared])
-        values = dict(zip(losses, shared.tolist(), strict=True))
-        for term in self._weight_terms:
-            penalty = term.weight * term.loss(self._model)
-            penalty.backward()  # type: ignore[no-untyped-call]
-            values[term.name] = float(penalty.detach())
-        rate, momentum = one_cycle(
-            step, self._config.epochs * self._steps_per_epoch, self._config.learning_rate
-        )
+        config = self._config
+        losses = self._gradients(step, batch_B)
+        names = ["labels", *(term.name for term in self._example_terms)]
+        values = dict(zip(names, losses.tolist(), strict=True))
+        if step < _FIRST_STEPS_CHECKED or step % self._steps_per_epoch % _CHECK_EVERY == 0:
+            for term in self._weight_terms:
+                values[term.name] = term.weight * float(term.loss(self._named).detach())
+        rate, momentum = rate_and_momentum(config.schedule, step, self._num_steps, self._rate)
         for name, value in values.items():
             if not math.isfinite(value):
                 raise LearningError(
                     f"the {name} loss is {value} at step {step}, learning rate {rate:.2g}: the "
                     "training has diverged; lower the learning rate or the weights of the terms"
                 )
-        for group in self._optimizer.param_groups:
-            group["lr"], group["betas"] = rate, (momentum, _BETA_2)
-        self._optimizer.step()
+        self._apply(rate, momentum)
         return values
 
-    def _example_losses(self, step: int, batch_B: Tensor, mine: Tensor) -> dict[str, Tensor]:
-        positions = batch_B[mine]
-        inputs = self._inputs[positions]
-        if self._config.max_shift_px:
-            inputs = self._shifted(inputs, step, len(batch_B), mine)
-        device = self._model.device
-        with torch.autocast(
-            device.type, dtype=torch.bfloat16, enabled=self._config.precision == "bf16"
-        ):
-            features = self._model.features(inputs.to(device), start=self._start)
-            logits_BC = self._model.head(features).float()
-        labels_B = self._labels[positions].to(device)
-        size = len(batch_B)
-        losses = {"labels": F.cross_entropy(logits_BC, labels_B, reduction="sum") / size}
-        for term in self._example_terms:
-            losses[term.name] = term.weight * term.loss(logits_BC, positions).sum() / size
+    def _apply(self, rate: float, momentum: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+            if "betas" in group:
+                group["betas"] = (momentum, _BETA_2)
+            else:
+                group["momentum"] = momentum
+        self._optimizer.step()
+
+    def _gradients(self, step: int, batch_B: Tensor) -> Tensor:
+        """Fill every weight's gradient; return the losses of labels and example terms."""
+        mine = self._mine(len(batch_B))
+        while True:
+            self._optimizer.zero_grad()
+            self._seed_layers(step)
+            losses = torch.zeros(1 + len(self._example_terms), device=self._model.device)
+            try:
+                for places in self._pieces(mine):
+                    piece = self._example_losses(step, batch_B, places)
+                    piece.sum().backward()
+                    losses += piece.detach()
+                break
+            except RuntimeError as error:
+                self._shrink(error, len(mine))
+        for weight in self._weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        self._group.sum([*(w.grad for w in self._weights if w.grad is not None), losses])
+        for term in self._weight_terms:
+            term.add_gradient(self._named, term.weight)
         return losses
+
+    def _seed_layers(self, step: int) -> None:
+        """Make layers that draw, such as dropout, draw by seed and step alone."""
+        if self._model.config.name in ("convnet", "mlp", "resnet20", "resnet32"):
+            return  # They have none.
+        drawn = generator_for(self._seed, "layers", step, self._group.rank)
+        torch.manual_seed(int(torch.randint(2**62, (), generator=drawn)))
+
+    def _pieces(self, mine: Tensor) -> Sequence[Tensor]:
+        """This worker's places of a batch, in pieces that are run through one by one."""
+        if self._model.learns_statistics and self._model.has_batch_statistics:
+            # Statistics of a shard, so that the number of workers does not matter.
+            shard = mine % self._config.num_shards
+            return [mine[shard == index] for index in shard.unique().tolist()]
+        return mine.split(self._most_at_once) if len(mine) else []
+
+    def _shrink(self, error: RuntimeError, num_mine: int) -> None:
+        """Halve the pieces after running out of memory; raise any other error."""
+        if not _ran_out_of_memory(error):
+            raise error
+        smaller = min(self._most_at_once, num_mine) // 2
+        if not smaller or self._model.learns_statistics:
+            raise LearningError(
+                f"there is not enough memory for a batch of {num_mine} examples in pieces of "
+                f"{min(self._most_at_once, num_mine)}; choose a smaller batch_size or model"
+            ) from error
+        logger.warning(
+            "out of memory with %d examples at once; going on with %d, to the same result",
+            min(self._most_at_once, num_mine),
+            smaller,
+        )
+        self._most_at_once = smaller
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _example_losses(self, step: int, batch_B: Tensor, mine: Tensor) -> Tensor:
+        """Return the losses of labels and example terms, as shares of the batch's."""
+        config, data, device = self._config, self._data, self._model.device
+        positions = batch_B[mine]
+        inputs = data.inputs[positions]
+        if config.max_shift_px:
+            inputs = self._shifted(inputs, step, len(batch_B), mine)
+        if config.mirror:
+            inputs = self._mirrored(inputs, step, len(batch_B), mine)
+        inputs = inputs.to(device)
+        if inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            logits_BC = self._model.trained_logits(inputs, start=data.start).float()
+        labels_B = data.labels[positions].to(device)
+        rivalled_BC = logits_BC
+        if data.rivals is not None:
+            allowed_BC = data.rivals.allowed[data.rivals.group[positions]].to(device)
+            rivalled_BC = logits_BC.masked_fill(~allowed_BC, -math.inf)
+        size = len(batch_B)
+        losses = [F.cross_entropy(rivalled_BC, labels_B, reduction="sum") / size]
+        losses += [
+            term.weight * term.loss(logits_BC, positions).sum() / size
+            for term in self._example_terms
+        ]
+        return torch.stack(losses)
 
     def _mine(self, size: int) -> Tensor:
         """Places in a batch that belong to this worker's shards."""
         places = torch.arange(size)
         owner = places % self._config.num_shards % self._group.world_size
         return places[owner == self._group.rank]
+
+    def _settle(self) -> None:
+        """Give batch normalisation the statistics of fixed examples, whatever the batches were."""
+        if not (self._model.learns_statistics and self._model.has_batch_statistics):
+            return
+        generator = generator_for(self._seed, "settling")
+        chosen = torch.randperm(len(self._data.inputs), generator=generator)[:_NUM_SETTLING]
+        settle_statistics(
+            lambda piece: self._model.features(
+                piece.to(self._model.device), start=self._data.start
+            ),
+            self._model,
+            self._data.inputs[chosen],
+        )
+
+    def _mirrored(self, images: Tensor, step: int, size: int, mine: Tensor) -> Tensor:
+        """Turn about half of the images left to right."""
+        generator = generator_for(self._seed, "mirror", step)
+        turned = torch.rand(size, generator=generator)[mine] < 0.5
+        return torch.where(turned[:, None, None, None], images.flip(3), images)
 
     def _shifted(self, images: Tensor, step: int, size: int, mine: Tensor) -> Tensor:
         """Move each image by up to `max_shift_px`; its edge fills what becomes free."""
@@ -331,7 +448,7 @@ class _Loop:
         return moved.movedim(3, 1).contiguous()
 
     def _random_batches(self, generator: torch.Generator) -> list[Tensor]:
-        order = torch.randperm(len(self._inputs), generator=generator)
+        order = torch.randperm(len(self._data.inputs), generator=generator)
         size = self._config.batch_size
         return [order[first : first + size] for first in range(0, len(order), size)]
 
@@ -399,12 +516,21 @@ class _Loop:
         return {
             **self._config.model_dump(mode="json"),
             "seed": self._seed,
-            "number of examples": len(self._inputs),
+            "number of examples": len(self._data.inputs),
             "steps per epoch": self._steps_per_epoch,
             "weights": [list(weight.shape) for weight in self._weights],
             "terms": [f"{t.name}={t.weight:g}" for t in self._example_terms + self._weight_terms],
         }
 
 
-def _cosine(first: float, last: float, share: float) -> float:
-    return last + (first - last) / 2.0 * (math.cos(math.pi * share) + 1)
+def _optimizer(weights: list[nn.Parameter], config: TrainerConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            weights, lr=1.0, momentum=0.9, weight_decay=config.weight_decay, fused=True
+        )
+    return torch.optim.AdamW(weights, lr=1.0, weight_decay=config.weight_decay, fused=True)
+
+
+def _ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is the device's or the processor's allocator that gave up."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

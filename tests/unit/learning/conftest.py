@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lifelong_ray.learning import Fit, Labelled, fit_base
+from lifelong_ray.learning import Fit, Labelled, Run, fit_base
 from tests.unit.learning.world import CONFIG, MODEL, TickingClock, make_images
 
 
@@ -21,11 +21,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def base() -> Fit:
-    images, labels = make_images([0, 1, 2, 3] * 12, seed=1)
+    examples = make_images([0, 1, 2, 3] * 12, seed=1)
     validation = make_images([0, 1, 2, 3] * 5, seed=2)
-    return fit_base(
-        images, labels, "abcd", MODEL, CONFIG, clock=TickingClock(), validation=validation
-    )
+    return fit_base(examples, "abcd", MODEL, CONFIG, Run(TickingClock()), validation=validation)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lifelong_ray.learning import Learner, Predictor, fit_slow
+from lifelong_ray.learning import Learner, Predictor, Run, fit_slow
 from lifelong_ray.types import LearningError
 from tests.unit.learning.world import (
     CONFIG,
@@ -25,7 +25,7 @@ def test_a_learner_survives_its_files_to_the_bit(base):
 
     assert_same_weights(again.model, base.learner.model)
     assert torch.equal(again.logits(IMAGES), base.learner.logits(IMAGES))
-    assert torch.equal(again.memory.images, base.learner.memory.images)
+    assert torch.equal(again.memory.inputs, base.learner.memory.inputs)
     assert again.class_names == base.learner.class_names
     assert again.to_files() == files
 
@@ -34,7 +34,7 @@ def test_an_update_of_a_stored_learner_equals_one_of_the_learner_itself(base, ne
     stored = Learner.from_files(base.learner.to_files())
 
     fits = [
-        fit_slow(parent, *new_examples, "abcdef", CONFIG, clock=TickingClock()).learner
+        fit_slow(parent, new_examples, "abcdef", CONFIG, Run(TickingClock())).learner
         for parent in (base.learner, stored)
     ]
 
@@ -58,7 +58,7 @@ def test_a_missing_or_damaged_file_is_a_learning_error(base, name):
     ("key", "value"),
     [
         ("class_names", ["a", "b"]),
-        ("num_random_features", 65),
+        ("shape", {}),
         ("active_head", "other"),
         ("model", {"name": "convnet", "widths": [8, 24], "image_size": 8}),
         ("temperature", None),

@@ -5,6 +5,7 @@ import torch
 
 from lifelong_ray.config import ModelConfig
 from lifelong_ray.learning import build_model
+from lifelong_ray.learning.widening import RandomFeatures
 from tests.unit.learning.world import MODEL, make_images
 
 IMAGES, _ = make_images([0, 1, 2, 3, 4], seed=0)
@@ -15,15 +16,17 @@ MLP = ModelConfig(name="mlp", widths=(12, 6), image_size=8)
 @pytest.mark.parametrize("config", [MODEL, MLP])
 def test_growing_the_head_leaves_old_logits_as_they_are_to_the_bit(config, head):
     model = build_model(config, 4, seed=0, num_random_features=20).eval()
-    model.projection_DM.normal_(generator=torch.Generator().manual_seed(0))
-    model.analytic_MC.normal_(generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.rand(30, model.analytic.widening.num_inputs, generator=generator)
+    model.analytic.widening = RandomFeatures.fitted(sample, 20, seed=0)
+    model.analytic.weights_MK.normal_(generator=generator)
     model.active_head = head
-    rows, columns = model.head.weight.clone(), model.analytic_MC.clone()
+    rows, columns = model.head.weight.clone(), model.analytic.weights_MK.clone()
 
     model.grow(7, torch.Generator().manual_seed(0))
 
     assert torch.equal(model.head.weight[:4], rows)
-    assert torch.equal(model.analytic_MC[:, :4], columns)
+    assert torch.equal(model.analytic.weights_MK[:, :4], columns)
     assert model(IMAGES).shape == (5, 7)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from lifelong_ray.learning import (
     AnalyticSums,
     Fit,
     Learner,
+    Run,
     accuracy,
     build_model,
     fit_base,
     fit_fast,
-    fit_full,
     fit_slow,
     mix_batches,
     train,
@@ -40,12 +41,23 @@ def with_update(**kwargs) -> LearningConfig:
     return CONFIG.model_copy(update={"update": CONFIG.update.model_copy(update=kwargs)})
 
 
-def fast(parent: Learner, examples, config: LearningConfig = CONFIG, **kwargs) -> Fit:
-    return fit_fast(parent, *examples, NAMES, config, clock=TickingClock(), **kwargs)
+def fast(
+    parent: Learner, examples, config: LearningConfig = CONFIG, names=NAMES, validation=None, **how
+) -> Fit:
+    run = Run(clock=TickingClock(), **how)
+    return fit_fast(parent, examples, names, config, run, validation=validation)
 
 
-def slow(parent: Learner, examples, config: LearningConfig = CONFIG, **kwargs) -> Fit:
-    return fit_slow(parent, *examples, NAMES, config, clock=TickingClock(), **kwargs)
+def slow(
+    parent: Learner, examples, config: LearningConfig = CONFIG, names=NAMES, validation=None, **how
+) -> Fit:
+    run = Run(clock=TickingClock(), **how)
+    return fit_slow(parent, examples, names, config, run, validation=validation)
+
+
+def base_of(examples, names="abcd", config: LearningConfig = CONFIG, validation=None, **how) -> Fit:
+    run = Run(clock=TickingClock(), **how)
+    return fit_base(examples, names, MODEL, config, run, validation=validation)
 
 
 def right(learner: Learner, examples) -> float:
@@ -75,11 +87,11 @@ def test_base_training_learns_and_remembers(base):
 
 
 def test_a_full_training_is_a_base_training_by_another_name(base):
-    images, labels = make_images([0, 1, 2, 3] * 12, seed=1)
+    examples = make_images([0, 1, 2, 3] * 12, seed=1)
     validation = make_images([0, 1, 2, 3] * 5, seed=2)
 
-    full = fit_full(
-        images, labels, "abcd", MODEL, CONFIG, clock=TickingClock(), validation=validation
+    full = fit_base(
+        examples, "abcd", MODEL, CONFIG, Run(TickingClock()), validation=validation, yardstick=True
     )
 
     assert full.report.path == "full"
@@ -103,10 +115,14 @@ def test_fast_path_gives_the_head_that_all_examples_at_once_would_give(base, new
     images = torch.cat([old_images, new_examples[0]])
 
     with torch.no_grad():
-        features = learner.model.random_features(learner.model.features(images))
+        features = learner.model.analytic.widening.integers(learner.model.see(images).wide)
     joint = AnalyticSums.of(features, torch.cat([old_labels, new_examples[1]]), 6)
 
-    torch.testing.assert_close(learner.model.analytic_MC, joint.solve(1.0), rtol=1e-3, atol=1e-4)
+    # The old classes that came again look as before, so that they have one mode each.
+    assert learner.model.analytic.mode_class.tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(learner.sums.gram, joint.gram)
+    assert torch.equal(learner.sums.class_sums, joint.class_sums)
+    torch.testing.assert_close(learner.model.analytic.weights_MK, joint.solve(learner.ridge))
 
 
 def test_fast_path_does_not_touch_the_backbone_or_the_parent(base, new_examples):
@@ -198,8 +214,8 @@ def test_slow_path_after_a_slow_one_still_works(base, new_examples):
 def test_an_update_may_bring_examples_of_one_class_only(base):
     only = make_images([2] * 8, seed=31)
 
-    for fit in (fit_fast, fit_slow):
-        learner = fit(base.learner, *only, tuple("abcd"), CONFIG, clock=TickingClock()).learner
+    for fit in (fast, slow):
+        learner = fit(base.learner, only, names=tuple("abcd")).learner
         assert right(learner, TEST_OLD) >= 0.95
 
 
@@ -214,7 +230,7 @@ def test_validation_chooses_calibrates_and_is_never_trained_on(base, new_example
 
         assert_same_weights(one.learner.model, two.learner.model)
         assert_same_weights(one.learner.model, without.learner.model)
-        assert torch.equal(one.learner.memory.images, two.learner.memory.images)
+        assert torch.equal(one.learner.memory.inputs, two.learner.memory.inputs)
         assert torch.equal(one.learner.sums.gram, two.learner.sums.gram)
         assert one.learner.temperature != two.learner.temperature
         assert one.report.validation_accuracy == right(one.learner, validation)
@@ -233,8 +249,7 @@ def test_confidences_are_meaningful_with_and_without_validation(base, new_exampl
 
 def test_without_memory_the_slow_path_goes_on_from_the_old_sums(base, new_examples, caplog):
     config = with_update(replay=ReplayConfig(memory_per_class=0))
-    images, labels = make_images([0, 1, 2, 3] * 12, seed=1)
-    parent = fit_base(images, labels, "abcd", MODEL, config, clock=TickingClock()).learner
+    parent = base_of(make_images([0, 1, 2, 3] * 12, seed=1), config=config).learner
 
     with caplog.at_level(logging.WARNING):
         learner = slow(parent, new_examples, config).learner
@@ -261,7 +276,7 @@ def test_the_number_of_workers_does_not_change_an_update(path, base, new_example
     for fit in workers:
         for name, weight in alone.anchor.items():
             torch.testing.assert_close(fit.learner.anchor[name], weight, rtol=1e-3, atol=1e-3)
-        assert torch.equal(fit.learner.memory.images, alone.memory.images)
+        assert torch.equal(fit.learner.memory.inputs, alone.memory.inputs)
         assert fit.learner.logits(TEST_NEW[0]).argmax(1).equal(alone.logits(TEST_NEW[0]).argmax(1))
     assert bytes_of(workers[0].learner) == bytes_of(workers[1].learner)
 
@@ -277,15 +292,12 @@ def test_an_interrupted_slow_path_resumes_to_the_same_bytes(base, new_examples):
 
 
 def test_an_interrupted_base_training_resumes_to_the_same_bytes(base):
-    images, labels = make_images([0, 1, 2, 3] * 12, seed=1)
+    examples = make_images([0, 1, 2, 3] * 12, seed=1)
     validation = make_images([0, 1, 2, 3] * 5, seed=2)
     interrupt = InterruptAfter(3)
 
-    def fit(**kwargs) -> Fit:
-        clock = TickingClock()
-        return fit_base(
-            images, labels, "abcd", MODEL, CONFIG, clock=clock, validation=validation, **kwargs
-        )
+    def fit(**how) -> Fit:
+        return base_of(examples, validation=validation, **how)
 
     with pytest.raises(WorkerLostError):
         fit(on_epoch=interrupt)
@@ -295,11 +307,10 @@ def test_an_interrupted_base_training_resumes_to_the_same_bytes(base):
 
 def test_unusable_examples_are_refused_by_name(base):
     images, labels = make_images([0, 1, 0, 1], seed=0)
-    clock = TickingClock()
 
     def base_error(images, labels, names, match: str) -> None:
         with pytest.raises(LearningError, match=match):
-            fit_base(images, labels, names, MODEL, CONFIG, clock=clock)
+            base_of((images, labels), names)
 
     base_error(images, labels, ["a"], "label is 1, outside the 1 classes")
     base_error(images, labels - 1, ["a", "b"], "label is -1, outside the 2 classes")
@@ -315,43 +326,32 @@ def test_unusable_examples_are_refused_by_name(base):
 
 def test_unusable_updates_are_refused_by_name(base, new_examples):
     images, labels = new_examples
-    clock = TickingClock()
 
-    for fit in (fit_fast, fit_slow):
+    for fit in (fast, slow):
         with pytest.raises(LearningError, match="do not start with the parent's"):
-            fit(base.learner, images, labels, tuple("badcef"), CONFIG, clock=clock)
+            fit(base.learner, new_examples, names=tuple("badcef"))
         with pytest.raises(LearningError, match="no training example of class g"):
-            fit(base.learner, images, labels, (*NAMES, "g"), CONFIG, clock=clock)
+            fit(base.learner, new_examples, names=(*NAMES, "g"))
         with pytest.raises(LearningError, match="no new examples"):
-            fit(base.learner, images[:0], labels[:0], tuple("abcd"), CONFIG, clock=clock)
-        bad = (images, labels + 1)
+            fit(base.learner, (images[:0], labels[:0]), names=tuple("abcd"))
         with pytest.raises(LearningError, match="a validation label is 6"):
-            fit(base.learner, images, labels, NAMES, CONFIG, clock=clock, validation=bad)
+            fit(base.learner, new_examples, validation=(images, labels + 1))
     with pytest.raises(LearningError, match="frozen_stages is 9"):
         slow(base.learner, new_examples, with_update(frozen_stages=9))
 
 
 def test_a_diverging_training_is_named(base):
-    images, labels = make_images([0, 1, 2, 3] * 12, seed=1)
     trainer = CONFIG.base.model_copy(update={"learning_rate": 1e38})
     config = CONFIG.model_copy(update={"base": trainer})
 
     with pytest.raises(LearningError, match=r"labels loss is (nan|inf) at step"):
-        fit_base(images, labels, "abcd", MODEL, config, clock=TickingClock())
+        base_of(make_images([0, 1, 2, 3] * 12, seed=1), config=config)
 
 
 def test_a_parent_of_another_architecture_is_named(base, new_examples):
     other = MODEL.model_copy(update={"widths": (8, 24)})
     model = build_model(other, 4, seed=0, num_random_features=64)
-    parent = Learner(
-        model,
-        base.learner.class_names,
-        base.learner.fisher,
-        base.learner.sums,
-        base.learner.memory,
-        1.0,
-        sums_exact=True,
-    )
+    parent = replace(base.learner, model=model)
 
     with pytest.raises(LearningError, match="Fisher is of another architecture"):
         slow(parent, new_examples)

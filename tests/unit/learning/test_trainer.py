@@ -15,7 +15,7 @@ from lifelong_ray.learning import (
     train,
 )
 from lifelong_ray.learning.chance import generator_for
-from lifelong_ray.learning.trainer import one_cycle
+from lifelong_ray.learning.rates import rate_and_momentum
 from lifelong_ray.types import LearningError
 from tests.unit.learning.world import (
     MODEL,
@@ -40,7 +40,10 @@ def trained(config: TrainerConfig = CONFIG, **kwargs) -> Classifier:
 
 
 def pull(weight: float) -> WeightTerm:
-    return WeightTerm("pull", weight, lambda model: model.head.weight.square().sum())
+    def add_gradient(weights: dict[str, torch.nn.Parameter], scale: float) -> None:
+        weights["head.weight"].grad.add_(weights["head.weight"].detach(), alpha=2 * scale)
+
+    return WeightTerm("pull", weight, lambda now: now["head.weight"].square().sum(), add_gradient)
 
 
 def flatten(weight: float) -> ExampleTerm:
@@ -48,14 +51,16 @@ def flatten(weight: float) -> ExampleTerm:
 
 
 def test_without_terms_training_is_plain_fine_tuning_to_the_bit():
-    plain = FRESH.copy().train()
+    plain = FRESH.copy().train().to(memory_format=torch.channels_last)
+    images = IMAGES.float().contiguous(memory_format=torch.channels_last) / 255
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=9)
     for epoch in range(3):
         order = torch.randperm(22, generator=generator_for(7, "batches", epoch))
         for batch in order.split(8):
             optimizer.zero_grad()
-            F.cross_entropy(plain(IMAGES[batch]), LABELS[batch]).backward()
+            loss = F.cross_entropy(plain(images[batch]), LABELS[batch], reduction="sum")
+            (loss / len(batch)).backward()
             optimizer.step()
             schedule.step()
 
@@ -83,14 +88,16 @@ def test_the_schedule_is_that_of_torch():
 
     for step in range(23):
         group = optimizer.param_groups[0]
-        assert one_cycle(step, 23, 1e-2) == (group["lr"], group["betas"][0])
+        assert rate_and_momentum("one_cycle", step, 23, 1e-2) == (group["lr"], group["betas"][0])
         optimizer.step()
         schedule.step()
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 def test_the_schedule_of_very_few_steps_is_usable(num_steps):
-    assert all(0 < one_cycle(step, num_steps, 0.1)[0] <= 0.1 for step in range(num_steps))
+    rates = [rate_and_momentum("one_cycle", step, num_steps, 0.1)[0] for step in range(num_steps)]
+
+    assert all(0 < rate <= 0.1 for rate in rates)
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
@@ -214,5 +221,5 @@ def test_activations_cannot_be_shifted():
     with torch.no_grad():
         inputs = model.activations(IMAGES, stop=1)
 
-    with pytest.raises(ValueError, match="cannot be shifted"):
+    with pytest.raises(ValueError, match="cannot be moved"):
         train(model, inputs, LABELS, config=SHIFTING, seed=0, clock=TickingClock(), start=1)

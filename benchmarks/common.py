@@ -1,0 +1,88 @@
+"""What the learning benchmarks share: data as tensors, the set-up, and tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lifelong_ray.config import DataConfig
+from lifelong_ray.datasets import SourceArrays, as_source_arrays, load_source
+from lifelong_ray.learning import Labelled, Learner
+
+
+def load_arrays(data: str, fraction: float) -> SourceArrays:
+    """Load whatever `data.source` accepts, whole or a share of it."""
+    return as_source_arrays(load_source(DataConfig(source=data, fraction=fraction), seed=0))
+
+
+def as_tensors(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Labelled:
+    """Images (N, H, W, C) as the learner takes them: (N, C, H, W)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+
+
+def logits_of(learner: Learner, images: torch.Tensor) -> torch.Tensor:
+    """The learner's answers, in pieces."""
+    return learner.logits(images)
+
+
+def set_up(**more: object) -> dict[str, object]:
+    """When and on what a benchmark ran."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__.split("+")[0],
+        **more,
+    }
+
+
+def write(out: Path | None, report: dict[str, Any]) -> None:
+    """Write a report as JSON."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {out}")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows as a Markdown table; numbers to the right."""
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+    lines += ["| " + " | ".join(_shown(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation; None where a value is missing."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None, None
+    spread = float(np.std(known, ddof=1)) if len(known) > 1 else 0.0
+    return float(np.mean(known)), spread
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """Run `work`; return what it gives and its seconds."""
+    began_s = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - began_s
+
+
+def _shown(cell: object) -> str:
+    if cell is None:
+        return "-"
+    if isinstance(cell, float):
+        return f"{cell:.3f}" if abs(cell) < 100 else f"{cell:,.0f}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)

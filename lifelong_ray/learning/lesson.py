@@ -1,0 +1,169 @@
+"""What every way to a new version takes and gives, and what none of them accepts.
+
+Values and checks only. Axes: N examples, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lifelong_ray.config import ModelConfig
+from lifelong_ray.learning.collective import Alone, Collective
+from lifelong_ray.learning.learner import Learner
+from lifelong_ray.learning.trainer import Clock, EpochReport, OnEpoch
+from lifelong_ray.types import LearningError
+
+Path = Literal["base", "full", "fast", "slow"]
+Labelled = tuple[Tensor, Tensor]
+"""uint8 images (N, channels, height, width) and int64 labels (N,)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a training is carried out; none of it changes what is learned.
+
+    Attributes:
+        clock: Gives seconds.
+        collective: The workers, all called with the same arguments.
+        resume: A checkpoint of this very training; None starts it.
+        on_epoch: See `OnEpoch`.
+        device: Where the gradients are computed; the result is on the CPU.
+    """
+
+    clock: Clock
+    collective: Collective = field(default_factory=Alone)
+    resume: bytes | None = None
+    on_epoch: OnEpoch | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a path did and what it cost.
+
+    Attributes:
+        path: Which one.
+        samples_seen: Examples shown in gradient steps, plus one pass over those that the
+            analytic sums were taken of.
+        train_seconds: Gradient steps (slow, base), or the new examples' sums (fast).
+        extra_seconds: All else: Fisher, sums, choice of head, calibration, memory.
+        epochs: One report per pass of gradient training; empty for the fast path.
+        validation_accuracy: Of the result; None without validation data.
+        choices: What was decided on the way, by name: head, ridge, frozen stages and such.
+    """
+
+    path: Path
+    samples_seen: int
+    train_seconds: float
+    extra_seconds: float
+    epochs: tuple[EpochReport, ...]
+    validation_accuracy: float | None
+    choices: dict[str, str | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A new learner and how it came about."""
+
+    learner: Learner
+    report: FitReport
+
+
+class Stopwatch:
+    """Seconds since the last look."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._last_s = clock()
+
+    def lap(self) -> float:
+        """Return the seconds since the last call, or since the start."""
+        before, self._last_s = self._last_s, self._clock()
+        return self._last_s - before
+
+
+def check_base(
+    training: Labelled,
+    validation: Labelled | None,
+    class_names: Sequence[str],
+    config: ModelConfig,
+) -> tuple[str, ...]:
+    """Return the class names, or refuse examples that cannot give a classifier.
+
+    Raises:
+        LearningError: If so.
+    """
+    names = tuple(class_names)
+    _check(training, names, config, "training")
+    if validation is not None:
+        _check(validation, names, config, "validation")
+    if len(names) < 2:
+        raise LearningError(
+            f"a classifier needs at least two classes, and only {list(names)} are given; "
+            "add examples of another class"
+        )
+    _need_examples(training[1], names, range(len(names)))
+    return names
+
+
+def check_update(
+    parent: Learner, training: Labelled, validation: Labelled | None, class_names: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the class names, or refuse examples that do not fit the parent.
+
+    Raises:
+        LearningError: If so.
+    """
+    names, known = tuple(class_names), parent.class_names
+    if names[: len(known)] != known:
+        raise LearningError(
+            f"the update's classes {list(names)} do not start with the parent's {list(known)}; "
+            "keep those in order and put new ones at the end"
+        )
+    _check(training, names, parent.model_config, "new")
+    if validation is not None:
+        _check(validation, names, parent.model_config, "validation")
+    _need_examples(training[1], names, range(len(known), len(names)))
+    return names
+
+
+def _check(examples: Labelled, names: tuple[str, ...], config: ModelConfig, what: str) -> None:
+    """Refuse examples that cannot be what the caller means."""
+    images, labels = examples
+    if len(set(names)) != len(names):
+        raise LearningError(f"the class names {list(names)} are not distinct; name each class once")
+    if len(images) != len(labels):
+        raise LearningError(f"there are {len(images)} {what} images but {len(labels)} labels")
+    if not len(images):
+        raise LearningError(f"there are no {what} examples; at least one is needed")
+    shape = (config.channels, config.image_size, config.image_size)
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape:
+        raise LearningError(
+            f"the {what} images are {images.dtype} of shape {tuple(images.shape)}; the model takes "
+            f"torch.uint8 of shape (N, {', '.join(map(str, shape))})"
+        )
+    if labels.dtype != torch.int64 or labels.dim() != 1:
+        raise LearningError(
+            f"the {what} labels are {labels.dtype} of shape {tuple(labels.shape)}; "
+            "they must be torch.int64 of shape (N,)"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(names):
+        raise LearningError(
+            f"a {what} label is {low if low < 0 else high}, outside the {len(names)} classes "
+            f"{list(names)}; give its class a name first"
+        )
+
+
+def _need_examples(labels: Tensor, names: tuple[str, ...], classes: range) -> None:
+    counts = torch.bincount(labels, minlength=len(names))
+    without = [names[c] for c in classes if not counts[c]]
+    if without:
+        raise LearningError(
+            f"there is no training example of class {without[0]}; add some or leave the class out"
+        )

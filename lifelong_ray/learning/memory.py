@@ -1,0 +1,116 @@
+"""What a model keeps of the examples it was shown, as its settings say.
+
+Puts `ReplayMemory` and `Classifier` together: features for herding or in place of images,
+logits for dark experience.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lifelong_ray.config import ModelConfig, ReplayConfig, UpdateConfig
+from lifelong_ray.learning.chance import generator_for
+from lifelong_ray.learning.model import Classifier, in_chunks
+from lifelong_ray.learning.replay import ReplayMemory
+from lifelong_ray.types import LearningError
+
+
+def empty_memory(model: ModelConfig, num_classes: int) -> ReplayMemory:
+    """Return a memory of no images, which `remember` turns to features where asked to."""
+    shape = (model.channels, model.image_size, model.image_size)
+    return ReplayMemory.empty(shape, num_classes)
+
+
+def memory_stage(config: UpdateConfig) -> int:
+    """Return the stages that remembered inputs have passed; 0 for images.
+
+    Raises:
+        LearningError: If features are to be kept of a backbone that may change under them.
+    """
+    if config.replay.content == "images":
+        return 0
+    if not isinstance(config.frozen_stages, int) or not config.frozen_stages:
+        raise LearningError(
+            f"replay.content is features but frozen_stages is {config.frozen_stages}: kept "
+            "features need stages that stay as they are; set frozen_stages to 1 or more"
+        )
+    return config.frozen_stages
+
+
+@torch.no_grad()
+def remember(
+    memory: ReplayMemory,
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    config: UpdateConfig,
+    *,
+    seed: int,
+    update: int = 0,
+) -> ReplayMemory:
+    """Return the memory after these examples, with draws that differ from update to update.
+
+    Args:
+        memory: Before.
+        model: After learning the examples, in eval mode.
+        images: uint8 (N, channels, height, width).
+        labels: Their classes.
+        config: What to keep, and how much of it.
+        seed: Of the training.
+        update: Number of the update that brought them.
+    """
+    replay, stage = config.replay, memory_stage(config)
+    inputs = images
+    if stage:
+        inputs = in_chunks(lambda x: _half(model.activations(_on(model, x), stop=stage)), images)
+        if memory.content == "images" and not len(memory):
+            empty = ReplayMemory.empty(tuple(inputs.shape[1:]), memory.num_classes, inputs.dtype)
+            memory = replace(empty, seen=memory.seen)
+    features = None
+    if replay.selection == "herding":
+        both = [model_features(model, x, stage) for x in (memory.inputs, inputs)]
+        features = torch.cat(both)
+    logits = None
+    if replay.dark_weight:
+        logits = in_chunks(
+            lambda x: model.trained_logits(_on(model, _full(x)), start=stage).cpu(), inputs
+        )
+    return memory.updated(
+        inputs,
+        labels,
+        memory_per_class=replay.memory_per_class,
+        memory_share=replay.memory_share,
+        selection=replay.selection,
+        generator=generator_for(seed, "memory", update, int(memory.seen.sum())),
+        num_classes=model.num_classes,
+        logits=logits,
+        update=update,
+        features=features,
+    )
+
+
+def keeps_anything(replay: ReplayConfig) -> bool:
+    """Whether any example is remembered at all."""
+    return bool(replay.memory_per_class or replay.memory_share)
+
+
+def model_features(model: Classifier, inputs: Tensor, stage: int) -> Tensor:
+    """Return backbone features (N, D) of remembered or new inputs, on the CPU."""
+    if not len(inputs):
+        return torch.zeros(0, model.num_features)
+    return in_chunks(lambda x: model.features(_on(model, _full(x)), start=stage).cpu(), inputs)
+
+
+def _on(model: Classifier, x: Tensor) -> Tensor:
+    return x.to(model.device)
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.to("cpu", torch.float16)
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float16 else x

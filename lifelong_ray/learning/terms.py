@@ -1,0 +1,213 @@
+"""The losses that an update adds to the labels' own, and what they need to have been measured.
+
+Axes: N training examples (new ones, then remembered ones), B examples of a batch, C classes.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from lifelong_ray.config import LearningConfig, UpdateConfig
+from lifelong_ray.learning.chance import generator_for
+from lifelong_ray.learning.collective import Collective
+from lifelong_ray.learning.fisher import Fisher, estimate_fisher, fold_anchors
+from lifelong_ray.learning.learner import Learner
+from lifelong_ray.learning.model import Classifier
+from lifelong_ray.learning.penalties import EwcPenalty, dark_loss, distillation_loss
+from lifelong_ray.learning.trainer import ExampleTerm, LossTerm, WeightTerm
+from lifelong_ray.learning.wide import Inputs, look
+
+logger = logging.getLogger(__name__)
+
+
+def update_terms(
+    parent: Learner, model: Classifier, inputs: Inputs, labels: Tensor, config: UpdateConfig
+) -> tuple[LossTerm, ...]:
+    """Return the update's losses beside the labels' own; any subset works together.
+
+    Args:
+        parent: The version to stay close to.
+        model: What is trained, on its device.
+        inputs: New examples, then the parent's remembered ones in their order.
+        labels: Their classes.
+        config: The weights of the losses.
+    """
+    terms: list[LossTerm] = []
+    if config.ewc.lambda_ewc:
+        terms += _ewc(parent, model, config)
+    if config.distillation.weight:
+        terms.append(_distillation(parent, model, inputs, labels, config))
+    if config.replay.dark_weight:
+        terms += _dark(parent, model, len(inputs), config)
+    return tuple(terms)
+
+
+def warn_of_forgetting(parent: Learner, config: UpdateConfig, *, has_new_classes: bool) -> None:
+    """Say so where the chosen methods are known to fail.
+
+    Without old examples, nothing in the loss tells new classes from old ones: on Split MNIST
+    EWC and LwF alone end where plain fine-tuning does, at a fifth (van de Ven et al. 2022,
+    doi:10.1038/s42256-022-00568-3).
+    """
+    rehearses = len(parent.memory) > 0 and config.replay.share != 0
+    if rehearses or config.pseudo_features or config.labels_compete == "update":
+        return
+    if has_new_classes:
+        logger.warning(
+            "EWC and distillation alone are known to fail when classes are added: without old "
+            "examples the trained head forgets the old classes; keep a memory "
+            "(replay.memory_per_class), make pseudo_features, or use the fast path"
+        )
+
+
+def fisher_of(
+    model: Classifier,
+    inputs: Inputs,
+    labels: Tensor,
+    config: LearningConfig,
+    group: Collective,
+    *,
+    num_examples: int,
+) -> Fisher:
+    """Estimate the importance of each weight on some examples; zero where none are asked for."""
+    if not num_examples:
+        zeros = {name: torch.zeros_like(w).cpu() for name, w in model.named_parameters()}
+        return Fisher(zeros, config.update.ewc.estimator, 0)
+    generator = generator_for(config.seed, "fisher")
+    chosen = torch.randperm(len(inputs), generator=generator)[:num_examples]
+    piece = inputs.tensor[chosen]
+    piece = piece.float() if piece.dtype == torch.float16 else piece
+    fisher = estimate_fisher(
+        model,
+        piece.to(model.device),
+        labels[chosen].to(model.device),
+        estimator=config.update.ewc.estimator,
+        generator=generator,
+        start=inputs.start,
+        collective=group,
+    )
+    values = {name: value.cpu() for name, value in fisher.values.items()}
+    return Fisher(values, fisher.estimator, fisher.num_examples)
+
+
+def accumulated(
+    parent: Learner, model: Classifier, newer: Fisher, num_new: int, config: LearningConfig
+) -> tuple[Fisher, dict[str, Tensor]]:
+    """Return importance and anchor after an update, on the CPU.
+
+    Args:
+        parent: The version before.
+        model: After the update, on the CPU.
+        newer: Estimated on the update's own examples.
+        num_new: How many examples the update had.
+        config: How to accumulate.
+    """
+    ewc = config.update.ewc
+    anchor = {name: weight.detach() for name, weight in model.named_parameters()}
+    older = parent.fisher.for_model(model)
+    if not newer.num_examples:
+        return older, anchor
+    if ewc.accumulation == "online":
+        return older.online(newer, ewc.gamma), anchor
+    if ewc.accumulation == "sum":
+        held = {name: _over(anchor[name], value) for name, value in parent.anchor.items()}
+        return fold_anchors(older, anchor | held, newer, anchor)
+    seen = float(parent.memory.seen.sum()) + num_new
+    return older.merged(newer, newer_share=num_new / seen), anchor
+
+
+def class_means(
+    model: Classifier, inputs: Inputs, labels: Tensor, num_classes: int, config: LearningConfig
+) -> Tensor:
+    """Return the mean backbone features by class (C, D); zeros for a class without examples.
+
+    Only where pseudo-features will need them: empty (C, 0) else.
+    """
+    if not config.update.pseudo_features:
+        return torch.zeros(num_classes, 0)
+    features = look(model, inputs).features
+    sums = torch.zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
+    counts = torch.bincount(labels, minlength=num_classes).clamp(min=1)
+    return sums / counts[:, None]
+
+
+def _over(new: Tensor, old: Tensor) -> Tensor:
+    """`old`, with the rows that only `new` has."""
+    return old if old.shape == new.shape else torch.cat([old, new[len(old) :]])
+
+
+def _ewc(parent: Learner, model: Classifier, config: UpdateConfig) -> list[LossTerm]:
+    importance = parent.fisher.for_model(parent.model).values
+    moving = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and name in importance
+    ]
+    if parent.fisher.num_examples == 0:
+        logger.warning(
+            "the parent has no Fisher, so ewc.lambda_ewc %g has no effect; give its training "
+            "ewc.num_fisher_examples",
+            config.ewc.lambda_ewc,
+        )
+        return []
+    penalty = EwcPenalty(
+        {name: parent.anchor[name].to(model.device) for name in moving},
+        {name: importance[name].to(model.device) for name in moving},
+        config.ewc.group_factors,
+    )
+    return [WeightTerm("ewc", config.ewc.lambda_ewc, penalty, penalty.add_gradient)]
+
+
+@torch.no_grad()
+def _distillation(
+    parent: Learner, model: Classifier, inputs: Inputs, labels: Tensor, config: UpdateConfig
+) -> ExampleTerm:
+    teacher = parent.model.copy().to(model.device)
+    seen = look(teacher, inputs)
+    teacher_NC = torch.cat(
+        [
+            teacher.answer(type(seen)(f.to(model.device), w.to(model.device)))
+            for f, w in zip(seen.features.split(4_096), seen.wide.split(4_096), strict=True)
+        ]
+    )
+    teacher_NC = teacher_NC / parent.temperature
+    worth_N = torch.ones(len(labels), device=model.device)
+    if config.distillation.only_where_right:
+        # Where the teacher is wrong, as on drifted images or on classes it never knew, its
+        # answer is what must change.
+        worth_N = (teacher_NC.argmax(1) == labels.to(model.device)).float()
+    temperature = config.distillation.temperature
+
+    def loss(logits_BC: Tensor, positions: Tensor) -> Tensor:
+        return worth_N[positions] * distillation_loss(logits_BC, teacher_NC[positions], temperature)
+
+    return ExampleTerm("distillation", config.distillation.weight, loss)
+
+
+def _dark(
+    parent: Learner, model: Classifier, num_examples: int, config: UpdateConfig
+) -> list[LossTerm]:
+    stored_NK = parent.memory.logits.to(model.device)
+    if not stored_NK.shape[1]:
+        logger.warning(
+            "no logits were stored with the memory, so replay.dark_weight %g has no effect this "
+            "time; it will from the next update on",
+            config.replay.dark_weight,
+        )
+        return []
+    first = num_examples - len(stored_NK)
+
+    def loss(logits_BC: Tensor, positions: Tensor) -> Tensor:
+        remembered = positions >= first
+        losses = logits_BC.new_zeros(len(positions))
+        if bool(remembered.any()):
+            rows = positions[remembered] - first
+            losses[remembered.to(losses.device)] = dark_loss(
+                logits_BC[remembered.to(logits_BC.device)], stored_NK[rows]
+            )
+        return losses
+
+    return [ExampleTerm("dark", config.replay.dark_weight, loss)]

@@ -1,0 +1,96 @@
+"""One update of a learner: which ways are tried, and which result is kept.
+
+Decides by validation accuracy and says why; how each way learns is its own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lifelong_ray.config import LearningConfig
+from lifelong_ray.learning.fast import fit_fast
+from lifelong_ray.learning.learner import Learner
+from lifelong_ray.learning.lesson import Fit, Labelled, Run
+from lifelong_ray.learning.slow import fit_slow
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update gave.
+
+    Attributes:
+        fits: Every result by its name: fast, slow, expanded.
+        best: The name of the best one on the validation examples; without these, the first.
+        reason: Why these ways were taken.
+    """
+
+    fits: dict[str, Fit]
+    best: str
+    reason: str
+
+    @property
+    def chosen(self) -> Fit:
+        """The best result."""
+        return self.fits[self.best]
+
+
+def fit_update(
+    parent: Learner,
+    training: Labelled,
+    class_names: Sequence[str],
+    config: LearningConfig,
+    run: Run,
+    *,
+    validation: Labelled | None = None,
+) -> Update:
+    """Update a learner the ways that `config.update.paths` names.
+
+    By ``default``: the fast way; the slow one where the fast one's validation accuracy falls
+    short of `good_enough_accuracy`; and with `expansion` ``auto`` a new branch where both do.
+
+    Arguments and errors are those of `fit_fast` and `fit_slow`.
+    """
+    wanted = config.update.paths
+    if wanted == "default" and not parent.model.num_random_features:
+        wanted = "slow"
+    fits: dict[str, Fit] = {}
+    reason = f"learning.update.paths is {wanted}"
+    if wanted != "slow":
+        fits["fast"] = fit_fast(parent, training, class_names, config, run, validation=validation)
+    if wanted == "default":
+        reached, enough = _reached(fits), config.update.good_enough_accuracy
+        if reached is not None and reached >= enough:
+            return Update(
+                fits, "fast", f"frozen features suffice: fast reaches {reached:.3f} of {enough:.3f}"
+            )
+        reason = f"frozen features fall short: fast reaches {_shown(reached)} of {enough:.3f}"
+        if validation is None and not len(parent.memory):
+            return Update(fits, "fast", "no old example is left, nor any to judge by: fast alone")
+    expansion = config.update.expansion
+    if wanted != "fast" and expansion != "always":
+        fits["slow"] = fit_slow(parent, training, class_names, config, run, validation=validation)
+    reached = _reached(fits)
+    short = reached is None or reached < config.update.good_enough_accuracy
+    if wanted != "fast" and (expansion == "always" or (expansion == "auto" and short)):
+        fits["expanded"] = fit_slow(
+            parent, training, class_names, config, run, validation=validation, expand=True
+        )
+        reason += f"; learning.update.expansion is {expansion}"
+    return Update(fits, _best(fits), reason)
+
+
+def _reached(fits: dict[str, Fit]) -> float | None:
+    scores = [fit.report.validation_accuracy for fit in fits.values()]
+    known = [score for score in scores if score is not None]
+    return max(known, default=None)
+
+
+def _best(fits: dict[str, Fit]) -> str:
+    if _reached(fits) is None:
+        return next(iter(fits))  # Nothing shows that gradients did better.
+    return max(fits, key=lambda name: fits[name].report.validation_accuracy or 0.0)
+
+
+def _shown(value: float | None) -> str:
+    return "no known accuracy" if value is None else f"{value:.3f}"

@@ -1,0 +1,273 @@
+"""The analytic head of a model: its sums over examples, its solution, and how it is used.
+
+Puts `AnalyticSums` and `Classifier` together. Knows which images are behind activations,
+and how a model with two heads had best answer; does not know how the backbone came about.
+
+Axes: N examples, C classes, K modes, M random features, W inputs of the analytic head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lifelong_ray.config import AnalyticConfig, ModelConfig
+from lifelong_ray.learning.analytic import AnalyticSums, class_scores
+from lifelong_ray.learning.collective import Collective
+from lifelong_ray.learning.evaluate import accuracy, fit_temperature
+from lifelong_ray.learning.model import Classifier, Head, Seen, Source
+from lifelong_ray.learning.widening import RandomFeatures
+from lifelong_ray.types import LearningError
+
+_ROWS = 512
+_SUMS_ROWS = 8_192
+_NUM_FITTING = 2_000
+_SHARPNESSES = (3.0, 10.0, 30.0)
+_DEFAULT_SHARPNESS = 10.0
+_ALIKE = 0.3
+_MIX = (2.0, 4.0, 8.0, 16.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Training inputs of a model, wherever in the backbone they enter.
+
+    Attributes:
+        tensor: uint8 images, or activations entering stage `start` (N, ...).
+        start: Stages that `tensor` has passed.
+        pixels: The images, for an analytic head that looks at them; None where `tensor` is.
+    """
+
+    tensor: Tensor
+    start: int = 0
+    pixels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, chosen: slice | Tensor) -> Inputs:
+        pixels = None if self.pixels is None else self.pixels[chosen]
+        return Inputs(self.tensor[chosen], self.start, pixels)
+
+
+def source_for(model: ModelConfig, config: AnalyticConfig) -> Source:
+    """Return what the analytic head of a new family looks at."""
+    has_maps = model.name in ("convnet", "resnet20", "resnet32")
+    if config.source == "stages" and not has_maps:
+        raise LearningError(
+            f"analytic.source is stages, but what the stages of {model.name} give cannot be "
+            "pooled alike; use features, or pixels"
+        )
+    if config.source != "auto":
+        return config.source
+    # A network of dense layers keeps little of what its first classes did not need; its
+    # pixels are few enough to be looked at themselves.
+    return "pixels" if model.name == "mlp" else "features"
+
+
+@torch.no_grad()
+def look(model: Classifier, inputs: Inputs) -> Seen:
+    """Return what both heads look at, on the CPU, for all of `inputs`."""
+    features, wide = [], []
+    for first in range(0, len(inputs), _ROWS):
+        piece = inputs[first : first + _ROWS]
+        seen = _see(model, piece)
+        features.append(seen.features.cpu())
+        wide.append(seen.wide.cpu())
+    return Seen(torch.cat(features), torch.cat(wide))
+
+
+@torch.no_grad()
+def fit_widening(model: Classifier, inputs: Inputs, seed: int, generator: torch.Generator) -> None:
+    """Draw the model's random features, to the scale of some of `inputs`."""
+    if not model.num_random_features:
+        return
+    chosen = torch.randperm(len(inputs), generator=generator)[:_NUM_FITTING]
+    wide_NW = look(model, inputs[chosen]).wide
+    fitted = RandomFeatures.fitted(
+        wide_NW, model.num_random_features, seed, blocks=model.wide_blocks()
+    )
+    model.analytic.widening = fitted.to(model.device)
+
+
+@torch.no_grad()
+def take_sums(
+    model: Classifier,
+    inputs: Inputs,
+    modes_N: Tensor,
+    room: AnalyticSums,
+    group: Collective,
+    weights_N: Tensor | None = None,
+) -> AnalyticSums:
+    """Return the sums over all examples, of which each worker takes its share.
+
+    Args:
+        model: Gives the random features.
+        inputs: Examples.
+        modes_N: The mode of each.
+        room: Sums whose modes and classes are meant; their values do not count.
+        group: The workers.
+        weights_N: How many examples each one stands for; None means one.
+    """
+    total = replace(
+        room,
+        gram=torch.zeros_like(room.gram),
+        class_sums=torch.zeros_like(room.class_sums),
+        counts=torch.zeros_like(room.counts),
+    )
+    for first in range(group.rank * _SUMS_ROWS, len(inputs), group.world_size * _SUMS_ROWS):
+        rows = slice(first, first + _SUMS_ROWS)
+        features_NM = random_features(model, inputs[rows])
+        weights = None if weights_N is None else weights_N[rows]
+        total = total.add(features_NM, modes_N[rows], weights)
+    group.sum([total.gram, total.class_sums, total.counts])
+    return total
+
+
+@torch.no_grad()
+def random_features(model: Classifier, inputs: Inputs) -> Tensor:
+    """Return the analytic head's random features (N, M) as int8, on the CPU."""
+    return torch.cat(
+        [
+            model.analytic.widening.integers(_see(model, inputs[i : i + _ROWS]).wide).cpu()
+            for i in range(0, len(inputs), _ROWS)
+        ]
+    )
+
+
+def _see(model: Classifier, piece: Inputs) -> Seen:
+    pixels = None if piece.pixels is None else piece.pixels.to(model.device)
+    tensor = piece.tensor.to(model.device)
+    if tensor.dtype == torch.float16:
+        tensor = tensor.float()
+    if tensor.dim() == 4:
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+    if model.analytic.source == "pixels" and model.num_random_features:
+        # The backbone's part is looked at only by who needs it.
+        pixels = tensor if pixels is None else pixels
+    return model.see(tensor, start=piece.start, pixels=pixels)
+
+
+def solve(
+    model: Classifier, sums: AnalyticSums, config: AnalyticConfig, ridge: float
+) -> tuple[AnalyticSums, float]:
+    """Give the model the head that follows from the sums; return these and the ridge.
+
+    Modes of a class that the head cannot tell apart are put together: kept apart, they would
+    share out one class's score.
+
+    Args:
+        model: Its analytic head is replaced.
+        sums: Over everything that is to be known.
+        config: `ridge` 0 chooses one.
+        ridge: The one before, near which it is looked for; 0 means there was none.
+    """
+    if not model.num_random_features:
+        return sums, 0.0
+    sums, _ = sums.merged_modes(config.max_modes)
+    chosen = config.ridge or sums.choose_ridge(ridge or None)
+    weights_MK = sums.solve(chosen, config.class_balance)
+    sums, weights_MK = _alike_put_together(sums, weights_MK)
+    model.analytic.set_modes(sums.mode_class, weights_MK, _DEFAULT_SHARPNESS)
+    return sums, chosen
+
+
+def _alike_put_together(sums: AnalyticSums, weights_MK: Tensor) -> tuple[AnalyticSums, Tensor]:
+    """Add up modes of one class whose examples score much the same for either.
+
+    The mean score for mode k of the examples of mode j follows from the sums. Columns add up,
+    so the head need not be solved anew.
+    """
+    means_MK = (sums.class_sums / sums.counts.clamp(min=1e-12)).float()
+    score_JK = means_MK.T @ weights_MK
+    modes = list(range(len(sums.mode_class)))
+    partner = list(modes)
+    for j in modes:
+        for k in modes[:j]:
+            if sums.mode_class[j] == sums.mode_class[k]:
+                own = min(float(score_JK[j, j]), float(score_JK[k, k]))
+                cross = max(float(score_JK[j, k]), float(score_JK[k, j]))
+                if cross > _ALIKE * own:
+                    partner[j] = partner[k]
+                    break
+    first = sorted(set(partner))
+    if len(first) == len(modes):
+        return sums, weights_MK
+    place_K = torch.tensor([first.index(p) for p in partner])
+    together_KJ = torch.zeros(len(modes), len(first), dtype=torch.float64)
+    together_KJ[torch.arange(len(modes)), place_K] = 1
+    merged = replace(
+        sums,
+        class_sums=sums.class_sums @ together_KJ,
+        counts=sums.counts @ together_KJ,
+        mode_class=sums.mode_class[first],
+    )
+    return merged, weights_MK @ together_KJ.float()
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How a model had best answer, as seen on labelled examples.
+
+    Attributes:
+        head: Which head answers.
+        accuracy: Of that head.
+        temperature: For its logits.
+        analytic_weight: Of the analytic head where both answer.
+        sharpness: Of the analytic head.
+    """
+
+    head: Head
+    accuracy: float
+    temperature: float
+    analytic_weight: float
+    sharpness: float
+
+
+@torch.no_grad()
+def choose_answering(
+    model: Classifier, seen: Seen, labels_N: Tensor, *, prefer: Head, among: tuple[Head, ...]
+) -> Answering:
+    """Make the best way to answer the model's own; ties go to `prefer`, then the simplest."""
+    device = model.device
+    linear_NC = model.logits_of(seen.features.to(device)).cpu()
+    best: Answering | None = None
+    heads = [prefer, *(head for head in among if head != prefer)]
+    modes = model.analytic.mode_class
+    several = len(modes) > len(modes.unique())
+    sharpnesses = _SHARPNESSES if several else (float(model.analytic.sharpness),)
+    candidates: list[tuple[Head, float, float, Tensor]] = []
+    for head in heads:
+        if head == "linear":
+            candidates.append((head, 1.0, sharpnesses[0], linear_NC))
+            continue
+        scores_NK = _scores(model, seen.wide)
+        for sharpness in sharpnesses:
+            analytic_NC = class_scores(scores_NK, modes.cpu(), model.num_classes, sharpness)
+            if head == "analytic":
+                candidates.append((head, 1.0, sharpness, analytic_NC))
+            else:
+                candidates += [
+                    (head, weight, sharpness, linear_NC + weight * analytic_NC) for weight in _MIX
+                ]
+    for head, weight, sharpness, logits_NC in candidates:
+        score = accuracy(logits_NC, labels_N)
+        if best is None or score > best.accuracy:
+            best = Answering(head, score, fit_temperature(logits_NC, labels_N), weight, sharpness)
+    assert best is not None
+    model.active_head = best.head
+    model.analytic_weight = best.analytic_weight
+    model.analytic.sharpness = torch.tensor(best.sharpness, device=device)
+    return best
+
+
+def _scores(model: Classifier, wide_NW: Tensor) -> Tensor:
+    analytic = model.analytic
+    return torch.cat(
+        [
+            (analytic.widening(piece.to(model.device)) @ analytic.weights_MK).cpu()
+            for piece in wide_NW.split(_ROWS)
+        ]
+    )
