@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 
 from lifelong_ray.config import DataConfig
 from lifelong_ray.datasets import SourceArrays, as_source_arrays, load_source
-from lifelong_ray.learning import Labelled, Learner
+from lifelong_ray.learning import Labelled, keep_freed_memory
+
+keep_freed_memory()
 
 
 def load_arrays(data: str, fraction: float) -> SourceArrays:
@@ -29,9 +32,13 @@ def as_tensors(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Labelled
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 
-def logits_of(learner: Learner, images: torch.Tensor) -> torch.Tensor:
-    """The learner's answers, in pieces."""
-    return learner.logits(images)
+def native_precision() -> Literal["fp32", "bf16"]:
+    """bf16 where the device multiplies in it, else fp32."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    flags = Path("/proc/cpuinfo")
+    has = flags.exists() and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags.read_text())
+    return "bf16" if has else "fp32"
 
 
 def set_up(**more: object) -> dict[str, object]:

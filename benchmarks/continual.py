@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import typer
-from common import as_tensors, load_arrays, mean_and_std, set_up, table, write
+from common import as_tensors, load_arrays, mean_and_std, native_precision, set_up, table, write
 
 from lifelong_ray.config import (
     AnalyticConfig,
@@ -41,7 +41,7 @@ from lifelong_ray.learning.history import History
 from lifelong_ray.scenarios import Scenario, split
 
 AVALANCHE_PYTHON = Path(".venv-avalanche/bin/python")
-_WIDE = 4_000
+_WIDE = 3_000
 _HELD_OUT_SHARE = 0.2
 
 
@@ -55,6 +55,7 @@ class Protocol:
         batch_size: New examples of a step; as many remembered ones come on top.
         memory_per_class: Remembered images per class of the data.
         lambda_ewc: Penalty of `ewc`.
+        precision: Of the gradient steps.
     """
 
     scenario: str
@@ -62,6 +63,7 @@ class Protocol:
     batch_size: int
     memory_per_class: int
     lambda_ewc: float
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def method(name: str, protocol: Protocol, seed: int, labels_per_class: int) -> M
         weight_decay=0,
         max_shift_px=0,
         num_shards=1,
+        precision=protocol.precision,
     )
     replaying = both.model_copy(update={"batch_size": 2 * protocol.batch_size})
     compete = "update" if protocol.scenario == "task" else "all"
@@ -133,7 +136,7 @@ def method(name: str, protocol: Protocol, seed: int, labels_per_class: int) -> M
             wide=_WIDE,
             paths="default",
             replay=ReplayConfig(
-                memory_per_class=kept - held_out * labels_per_class, share=0.5, dark_weight=0.5
+                memory_per_class=kept - held_out * labels_per_class, share=0.5, dark_weight=0.2
             ),
             held_out=held_out,
         ),
@@ -151,7 +154,7 @@ def method(name: str, protocol: Protocol, seed: int, labels_per_class: int) -> M
             distillation=DistillationConfig(weight=1, temperature=2, only_where_right=False)
         ),
         "er": lambda: of(replaying, replay=replay),
-        "derpp": lambda: of(replaying, replay=replay.model_copy(update={"dark_weight": 0.5})),
+        "derpp": lambda: of(replaying, replay=replay.model_copy(update={"dark_weight": 0.2})),
         "analytic": lambda: of(wide=_WIDE, paths="fast", replay=replay),
         "datafree": lambda: of(wide=_WIDE, paths="default"),
     }
@@ -222,6 +225,18 @@ def run_method(scenario: Scenario, model: ModelConfig, how: Method) -> dict[str,
     }
 
 
+def _warm_up(scenario: Scenario, model: ModelConfig, how: Method) -> None:
+    """Let torch import what it imports at the first step, which is nobody's cost."""
+    one_step = how.learning.base.model_copy(update={"iterations": 1})
+    learning = how.learning.model_copy(update={"base": one_step})
+    first = scenario.experiences[0]
+    training = as_tensors(first.train_images[:256], first.train_labels[:256])
+    if len(training[1].unique()) < 2:
+        training = as_tensors(first.train_images, first.train_labels)
+    names = scenario.class_names[: int(training[1].max()) + 1]
+    fit_base(training, names, model, learning, Run(clock=time.perf_counter))
+
+
 def _run_jointly(scenario: Scenario, model: ModelConfig, how: Method) -> dict[str, Any]:
     parts = [as_tensors(e.train_images, e.train_labels) for e in scenario.experiences]
     steps = how.learning.base.iterations * len(parts)
@@ -283,6 +298,9 @@ def main(
     memory_per_class: Annotated[int, typer.Option(help="Stored images per class.")] = 100,
     batch_size: Annotated[int, typer.Option(help="New examples per step.")] = 128,
     lambda_ewc: Annotated[float, typer.Option(help="Of the method ewc.")] = 1e4,
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16, or auto: bf16 where the processor computes in it.")
+    ] = "auto",
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ...")] = 3,
     preset: Annotated[str, typer.Option(help="split: the published protocol.")] = "",
     fraction: Annotated[float, typer.Option(help="Share of the examples: a dry run.")] = 1.0,
@@ -303,7 +321,8 @@ def main(
     arrays = load_arrays(data, fraction)
     parts = split(arrays, scenario, experiences)
     labels_per_class = len(arrays.class_names) // len(parts.class_names)
-    protocol = Protocol(scenario, iterations, batch_size, memory_per_class, lambda_ewc)
+    precision = native_precision() if precision == "auto" else precision
+    protocol = Protocol(scenario, iterations, batch_size, memory_per_class, lambda_ewc, precision)
     height, channels = arrays.train_images.shape[1], arrays.train_images.shape[3]
     config = ModelConfig(
         name=model,
@@ -314,6 +333,7 @@ def main(
     names = methods.split(",")
     theirs = [name for name in ("naive", "er", "derpp", "ewc", "lwf") if name in names]
     runs: dict[str, list[dict[str, Any]]] = {}
+    _warm_up(parts, config, method("naive", protocol, 0, labels_per_class))
     for seed in range(seeds):
         for name in names:
             how = method(name, protocol, seed, labels_per_class)
@@ -332,6 +352,7 @@ def main(
             model=config.model_dump(mode="json"),
             iterations=iterations,
             memory_per_class=memory_per_class,
+            precision=precision,
             seeds=seeds,
             fraction=fraction,
         ),

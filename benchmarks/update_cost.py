@@ -53,7 +53,7 @@ from lifelong_ray.learning.chance import generator_for
 from lifelong_ray.learning.model import in_chunks
 from lifelong_ray.scenarios import grow
 
-_HELD_OUT_SHARE = 0.02
+_HELD_OUT_SHARE = 0.05
 _TRIAL_STEPS = (4, 24)
 _SAFETY = 0.95
 _FEWEST_STEPS = 20
@@ -71,6 +71,9 @@ def main(
     memory_share: Annotated[
         float, typer.Option(help="Share of the old images that slow and default may replay.")
     ] = 1.0,
+    distillation: Annotated[
+        float, typer.Option(help="Weight; with every old image replayed it adds nothing.")
+    ] = 0.0,
     budgets: Annotated[
         str, typer.Option(help="Shares of full's seconds for default and the warm control.")
     ] = "0.05,0.1,0.2",
@@ -107,10 +110,10 @@ def main(
         analytic=AnalyticConfig(num_features=num_features),
         update=UpdateConfig(
             paths="default",
-            frozen_stages=1,
+            frozen_stages=2,
             trainer=trainer.model_copy(update={"epochs": 1, "mirror": False}),
             ewc=EwcConfig(lambda_ewc=10, num_fisher_examples=200, num_update_fisher_examples=0),
-            distillation=DistillationConfig(weight=0.5),
+            distillation=DistillationConfig(weight=distillation),
             replay=ReplayConfig(memory_per_class=0, memory_share=memory_share, share="auto"),
         ),
     )
@@ -133,6 +136,7 @@ def main(
             model=config.model_dump(mode="json"),
             epochs=epochs,
             memory_share=memory_share,
+            distillation=distillation,
             num_features=num_features,
             seeds=seeds,
             fraction=fraction,

@@ -475,7 +475,12 @@ class TrainingConfig(_Branch):
 class TuningConfig(_Branch):
     """The sweep over lambda_ewc and learning rate."""
 
-    num_trials: int = Field(6, gt=0, description="Trials of one sweep.")
+    num_trials: int = Field(6, gt=0, description="Trials per Fisher estimator.")
+    estimators: tuple[Literal["exact", "sampled", "empirical"], ...] = Field(
+        (),
+        description="Fisher estimators to compare, each with trials of its own, since a weight "
+        "found with one means nothing with another; empty takes the stable version's.",
+    )
     lambda_ewc: tuple[float, float] = Field((0.1, 1_000.0), description="Log-uniform range.")
     learning_rate: tuple[float, float] = Field((5e-4, 1e-2), description="Log-uniform range.")
     min_retention: Share = Field(0.95, description="Trials below it cannot win.")

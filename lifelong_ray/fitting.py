@@ -27,6 +27,7 @@ from lifelong_ray.learning import (
     Run,
     fit_base,
     fit_update,
+    keep_freed_memory,
 )
 from lifelong_ray.types import DataError, Json
 
@@ -125,6 +126,7 @@ def run_fit(job: FitJob, collective: Collective, clock: Clock, progress: Progres
     An update takes the paths that ``learning.update.paths`` names; by ``default`` the fast
     one, and the slow one where the fast one's validation accuracy falls short.
     """
+    keep_freed_memory()
     training = _tensors(job.training)
     validation = _tensors(job.validation) if len(job.validation) else None
     learning = job.config.learning

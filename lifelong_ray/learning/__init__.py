@@ -4,6 +4,7 @@ Knows nothing of files, clocks, HTTP or Ray. `fit_base` makes a first `Learner`,
 `fit_fast` and `fit_slow` update one, `Predictor` answers with one.
 """
 
+from lifelong_ray.learning.allocator import keep_freed_memory
 from lifelong_ray.learning.analytic import AnalyticSums
 from lifelong_ray.learning.collective import Alone, Collective, TorchDistributed
 from lifelong_ray.learning.evaluate import (
@@ -73,6 +74,7 @@ __all__ = [
     "fit_slow",
     "fit_temperature",
     "fit_update",
+    "keep_freed_memory",
     "mix_batches",
     "time_per_image",
     "train",

@@ -230,6 +230,8 @@ class AnalyticSums:
 
     def decayed(self, factor: float) -> AnalyticSums:
         """Return the sums with every example's weight multiplied by `factor`."""
+        if factor == 1:
+            return self
         return replace(
             self,
             gram=self.gram * factor,

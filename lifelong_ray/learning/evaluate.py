@@ -200,6 +200,24 @@ def time_per_image(
     return 1e3 * statistics.median(seconds) / len(images)
 
 
+def clearly_better(right_N: Tensor, than_N: Tensor) -> bool:
+    """Whether one model answers more of the same examples rightly than another, beyond chance.
+
+    By more than one standard error of the paired difference: of many candidates, the best on a
+    few examples is mostly the luckiest.
+
+    >>> a, b = torch.ones(9, dtype=torch.bool), torch.ones(9, dtype=torch.bool)
+    >>> b[:1] = False
+    >>> clearly_better(a, b)
+    False
+    >>> b[:3] = False
+    >>> clearly_better(a, b)
+    True
+    """
+    won, lost = int((right_N & ~than_N).sum()), int((than_N & ~right_N).sum())
+    return won - lost > math.sqrt(won + lost)
+
+
 def fit_temperature(logits_NC: Tensor, labels_N: Tensor, weights_N: Tensor | None = None) -> float:
     """Return the temperature that makes ``softmax(logits / temperature)`` most likely.
 

@@ -28,7 +28,7 @@ from lifelong_ray.learning.wide import (
 )
 from lifelong_ray.types import LearningError
 
-_NUM_CALIBRATING = 2_000
+_NUM_CALIBRATING = 500
 
 
 def fit_fast(

@@ -54,6 +54,8 @@ class Learner:
         ridge: The analytic head's regularisation.
         num_updates: Updates since the base training.
         memory_stage: Stages that the memory's inputs have passed; 0 for images.
+        slow_losses: Updates in a row whose slow path was tried and was not the better one.
+        slow_rest: Updates that the slow path still sits out for it.
     """
 
     model: Classifier
@@ -68,6 +70,8 @@ class Learner:
     ridge: float = 0.0
     num_updates: int = 0
     memory_stage: int = 0
+    slow_losses: int = 0
+    slow_rest: int = 0
 
     @property
     def model_config(self) -> ModelConfig:
@@ -92,6 +96,8 @@ class Learner:
             "ridge": self.ridge,
             "num_updates": self.num_updates,
             "memory_stage": self.memory_stage,
+            "slow_losses": self.slow_losses,
+            "slow_rest": self.slow_rest,
             "fisher_estimator": self.fisher.estimator,
             "num_fisher_examples": self.fisher.num_examples,
         }
@@ -202,6 +208,8 @@ def _rebuild(files: Mapping[str, bytes]) -> Learner:
         ridge=float(settings["ridge"]),
         num_updates=int(settings["num_updates"]),
         memory_stage=int(settings["memory_stage"]),
+        slow_losses=int(settings["slow_losses"]),
+        slow_rest=int(settings["slow_rest"]),
     )
 
 

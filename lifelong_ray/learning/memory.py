@@ -75,10 +75,8 @@ def remember(
         features = torch.cat(both)
     logits = None
     if replay.dark_weight:
-        logits = in_chunks(
-            lambda x: model.trained_logits(_on(model, _full(x)), start=stage).cpu(), inputs
-        )
-    return memory.updated(
+        logits = torch.full((len(labels), model.num_classes), torch.nan)
+    memory = memory.updated(
         inputs,
         labels,
         memory_per_class=replay.memory_per_class,
@@ -90,6 +88,13 @@ def remember(
         update=update,
         features=features,
     )
+    if logits is not None:
+        fresh = memory.updates == update
+        memory.logits[fresh] = in_chunks(
+            lambda x: model.trained_logits(_on(model, _full(x)), start=stage).cpu(),
+            memory.inputs[fresh],
+        )
+    return memory
 
 
 def keeps_anything(replay: ReplayConfig) -> bool:

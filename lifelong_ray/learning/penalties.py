@@ -87,10 +87,10 @@ class EwcPenalty:
             logger.warning("EWC holds no weight that begins with %s", ", ".join(idle))
         # As `add_gradient` needs them: in the order of the anchor, laid out as the weights.
         self._fitted_to: list[Tensor] = []
-        self._anchors: list[Tensor] = []
         self._fishers: list[Tensor] = []
+        self._pulls: list[Tensor] = []
+        self._scale = 0.0
         self._grown: list[int] = []
-        self._scratch: list[Tensor] | None = None
 
     def __call__(self, now: Mapping[str, Tensor]) -> Tensor:
         """Return the penalty of the weights `now`; those without an anchor are free."""
@@ -115,8 +115,8 @@ class EwcPenalty:
             ValueError: If a weight changed shape in anything but added head rows.
         """
         held = [weights[name] for name in self._anchor]
-        if not self._is_fitted_to(held):
-            self._fit_to(held)
+        if scale != self._scale or not self._is_fitted_to(held):
+            self._fit_to(held, scale)
         gradients: list[Tensor] = []
         for weight in held:
             if weight.grad is None:
@@ -124,25 +124,24 @@ class EwcPenalty:
             gradients.append(weight.grad)
         now: list[Tensor] = list(held)
         for index in self._grown:
-            rows = len(self._anchors[index])
+            rows = len(self._pulls[index])
             now[index], gradients[index] = now[index][:rows], gradients[index][:rows]
-        if self._scratch is None:
-            away = torch._foreach_sub(now, self._anchors)
-            torch._foreach_addcmul_(gradients, away, self._fishers, value=scale)
+        if now[0].device.type != "cpu":
+            torch._foreach_addcmul_(gradients, now, self._fishers, value=scale)
+            torch._foreach_sub_(gradients, self._pulls)
             return
-        # Memory is what a processor waits for here: one scratch stays in its cache.
-        for weight, gradient, anchor, fisher, away in zip(
-            now, gradients, self._anchors, self._fishers, self._scratch, strict=True
+        # One after the other, so that a gradient is still in the cache for its second part.
+        for at, gradient, importance, pull in zip(
+            now, gradients, self._fishers, self._pulls, strict=True
         ):
-            torch.sub(weight, anchor, out=away)
-            gradient.addcmul_(away, fisher, value=scale)
+            gradient.addcmul_(at, importance, value=scale).sub_(pull)
 
     def _is_fitted_to(self, held: list[nn.Parameter]) -> bool:
         return len(held) == len(self._fitted_to) and all(
             one is other for one, other in zip(held, self._fitted_to, strict=True)
         )
 
-    def _fit_to(self, held: list[nn.Parameter]) -> None:
+    def _fit_to(self, held: list[nn.Parameter], scale: float) -> None:
         """Lay anchor and Fisher out in memory as the weights are."""
         self._grown = []
         for index, (name, weight) in enumerate(zip(self._anchor, held, strict=True)):
@@ -152,14 +151,15 @@ class EwcPenalty:
                 self._grown.append(index)
             for values in (self._anchor, self._fisher):
                 values[name] = torch.empty_like(rows).copy_(values[name])
-        self._anchors, self._fishers = list(self._anchor.values()), list(self._fisher.values())
-        self._scratch = None
-        if all(anchor.device.type == "cpu" for anchor in self._anchors):
-            most = max(anchor.numel() for anchor in self._anchors)
-            scratch = torch.empty(most, dtype=self._anchors[0].dtype)
-            self._scratch = [
-                scratch.as_strided(anchor.shape, anchor.stride()) for anchor in self._anchors
-            ]
+        self._fishers = list(self._fisher.values())
+        # The gradient is Fisher times weight minus Fisher times anchor: the second part is known
+        # now, which spares every step one pass over the memory. It is computed by the same
+        # operation as the first, so that at the anchor nothing is left of both.
+        self._pulls = [
+            torch.zeros_like(anchor).addcmul_(anchor, importance, value=scale)
+            for anchor, importance in zip(self._anchor.values(), self._fishers, strict=True)
+        ]
+        self._scale = scale
         self._fitted_to = list(held)
 
     def _num_rows(self, name: str, weight: Tensor) -> int:

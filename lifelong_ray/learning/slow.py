@@ -9,6 +9,7 @@ backbone features.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ from lifelong_ray.learning.terms import (
     update_terms,
     warn_of_forgetting,
 )
-from lifelong_ray.learning.trainer import Rivals, TrainReport, train
+from lifelong_ray.learning.trainer import Rivals, TrainReport, as_trained, train
 from lifelong_ray.learning.wide import (
     Answering,
     Inputs,
@@ -53,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_CACHE_BYTES = 4_000_000_000
 _MOST_REPLAYED = 0.75
+_ROWS_AT_ONCE = 256
 _TRIAL_SHARE = 0.25
 
 
@@ -65,6 +67,7 @@ def fit_slow(
     *,
     validation: Labelled | None = None,
     expand: bool = False,
+    fast: Fit | None = None,
 ) -> Fit:
     """Fine-tune the backbone without forgetting, then fit the analytic head anew on it.
 
@@ -83,6 +86,7 @@ def fit_slow(
         run: How it is carried out.
         validation: Examples that choose the head and calibrate, and are never trained on.
         expand: Train a new branch of the backbone beside the old one, which stays as it is.
+        fast: What the fast path gave, whose sums are taken over where they still hold.
     """
     watch = Stopwatch(run.clock)
     names = check_update(parent, training, validation, class_names)
@@ -93,7 +97,7 @@ def fit_slow(
             "nothing is remembered, so replay.share %s has no effect", update.replay.share
         )
     depth = _depth(parent, training, names, config, run, validation)
-    model = grown(parent, len(names), config.seed).to(run.device)
+    model = as_trained(grown(parent, len(names), config.seed)).to(run.device)
     model.freeze_stages(depth)
     if expand:
         model.expand(depth)
@@ -123,7 +127,11 @@ def fit_slow(
     if update.weight_alignment:
         align_new_rows(model.head, len(parent.class_names))
     num_new = len(training[1])
-    sums, ridge = _sums_after(parent, model, inputs, labels, num_new, config, run)
+    if fast is not None and _same_features(parent, model):
+        sums, ridge = fast.learner.sums, fast.learner.ridge
+        model.analytic = copy.deepcopy(fast.learner.model.analytic).to(run.device)
+    else:
+        sums, ridge = _sums_after(parent, model, inputs, labels, num_new, config, run)
     outdated = not len(parent.memory) and not _same_features(parent, model)
     answering = _choose(model, inputs, labels, sums, ridge, validation, outdated=outdated)
     learner = _remembering(
@@ -298,17 +306,31 @@ def _entering(
         assert pixels is not None
         return Inputs(pixels), all_labels
 
-    def passed(x: Tensor, first: int) -> Tensor:
-        entering = x.float() if x.dtype == torch.float16 else x
-        h = model.activations(entering.to(model.device), start=first, stop=start).cpu()
-        if h.dim() == 4:  # as the training wants it, to be converted once
-            h = h.contiguous(memory_format=torch.channels_last)
-        return h
+    return Inputs(_passed(model, images, memory.inputs, stage, start), start, pixels), all_labels
 
-    parts = [in_chunks(lambda x: passed(x, 0), images)]
-    if len(memory):
-        parts.append(in_chunks(lambda x: passed(x, stage), memory.inputs))
-    return Inputs(torch.cat(parts), start, pixels), all_labels
+
+def _passed(model: Classifier, images: Tensor, remembered: Tensor, stage: int, stop: int) -> Tensor:
+    """What the stages up to `stop` make of new images, and of inputs that passed `stage`."""
+
+    def through(x: Tensor, first: int) -> Tensor:
+        x = (x.float() if x.dtype == torch.float16 else x).to(model.device)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return model.activations(x, start=first, stop=stop).cpu()
+
+    held: Tensor | None = None
+    place = 0
+    for source, first in ((images, 0), (remembered, stage)):
+        for piece in source.split(_ROWS_AT_ONCE):
+            h = through(piece, first)
+            if held is None:  # filled in place, since it may be most of the memory there is
+                held = h.new_empty(len(images) + len(remembered), *h.shape[1:])
+                if h.dim() == 4:
+                    held = held.contiguous(memory_format=torch.channels_last)
+            held[place : place + len(h)] = h
+            place += len(h)
+    assert held is not None
+    return held
 
 
 @torch.no_grad()

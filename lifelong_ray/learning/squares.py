@@ -305,7 +305,8 @@ def _squares_over_pairs(left_NOL: Tensor, right_NLK: Tensor) -> Tensor:
     right_NPK = right_NLK[:, one] * right_NLK[:, other]
     left_OX = left_NOP.transpose(0, 1).flatten(1)
     # Rounding may leave less than nothing where the positions cancel out.
-    return (left_OX @ right_NPK.flatten(0, 1)).clamp(min=0)
+    squares_OK: Tensor = (left_OX @ right_NPK.flatten(0, 1)).clamp(min=0)
+    return squares_OK
 
 
 class _Linear:

@@ -134,6 +134,17 @@ def class_means(
     return sums / counts[:, None]
 
 
+def _unlikely_where_unknown(stored_NK: Tensor) -> Tensor:
+    """Stored logits with a class not known at storing time as unlikely as the least likely one.
+
+    A head that had all classes from the start would have learned to rule them out.
+    """
+    unknown_NK = stored_NK.isnan()
+    least_N1 = stored_NK.masked_fill(unknown_NK, torch.inf).amin(1, keepdim=True)
+    nothing_N1 = unknown_NK.all(1, keepdim=True)
+    return torch.where(unknown_NK & ~nothing_N1, least_N1, stored_NK)
+
+
 def _over(new: Tensor, old: Tensor) -> Tensor:
     """`old`, with the rows that only `new` has."""
     return old if old.shape == new.shape else torch.cat([old, new[len(old) :]])
@@ -190,7 +201,8 @@ def _distillation(
 def _dark(
     parent: Learner, model: Classifier, num_examples: int, config: UpdateConfig
 ) -> list[LossTerm]:
-    stored_NK = parent.memory.logits.to(model.device)
+    stored_NK = _unlikely_where_unknown(parent.memory.padded(model.num_classes).logits)
+    stored_NK = stored_NK.to(model.device)
     if not stored_NK.shape[1]:
         logger.warning(
             "no logits were stored with the memory, so replay.dark_weight %g has no effect this "
@@ -201,13 +213,8 @@ def _dark(
     first = num_examples - len(stored_NK)
 
     def loss(logits_BC: Tensor, positions: Tensor) -> Tensor:
-        remembered = positions >= first
-        losses = logits_BC.new_zeros(len(positions))
-        if bool(remembered.any()):
-            rows = positions[remembered] - first
-            losses[remembered.to(losses.device)] = dark_loss(
-                logits_BC[remembered.to(logits_BC.device)], stored_NK[rows]
-            )
-        return losses
+        rows = positions - first
+        losses_B = dark_loss(logits_BC, stored_NK[rows.clamp(min=0)])
+        return torch.where((rows >= 0).to(losses_B.device), losses_B, 0.0)
 
     return [ExampleTerm("dark", config.replay.dark_weight, loss)]

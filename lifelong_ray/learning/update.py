@@ -6,9 +6,10 @@ Decides by validation accuracy and says why; how each way learns is its own affa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lifelong_ray.config import LearningConfig
+from lifelong_ray.learning.evaluate import clearly_better
 from lifelong_ray.learning.fast import fit_fast
 from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.lesson import Fit, Labelled, Run
@@ -48,6 +49,8 @@ def fit_update(
 
     By ``default``: the fast way; the slow one where the fast one's validation accuracy falls
     short of `good_enough_accuracy`; and with `expansion` ``auto`` a new branch where both do.
+    Where the slow way was tried in vain, it sits out the next update, and after each further
+    time twice as many: trying costs, and what did not pay a week ago seldom pays today.
 
     Arguments and errors are those of `fit_fast` and `fit_slow`.
     """
@@ -67,9 +70,15 @@ def fit_update(
         reason = f"frozen features fall short: fast reaches {_shown(reached)} of {enough:.3f}"
         if validation is None and not len(parent.memory):
             return Update(fits, "fast", "no old example is left, nor any to judge by: fast alone")
+        if parent.slow_rest:
+            rested = _with_record(fits["fast"], parent.slow_losses, parent.slow_rest - 1)
+            why = f"slow lost {parent.slow_losses} time(s) and sits out {parent.slow_rest} more"
+            return Update({"fast": rested}, "fast", why)
     expansion = config.update.expansion
     if wanted != "fast" and expansion != "always":
-        fits["slow"] = fit_slow(parent, training, class_names, config, run, validation=validation)
+        fits["slow"] = fit_slow(
+            parent, training, class_names, config, run, validation=validation, fast=fits.get("fast")
+        )
     reached = _reached(fits)
     short = reached is None or reached < config.update.good_enough_accuracy
     if wanted != "fast" and (expansion == "always" or (expansion == "auto" and short)):
@@ -77,7 +86,17 @@ def fit_update(
             parent, training, class_names, config, run, validation=validation, expand=True
         )
         reason += f"; learning.update.expansion is {expansion}"
-    return Update(fits, _best(fits), reason)
+    best = _best(fits, validation)
+    if config.update.paths == "default" and _reached(fits) is not None:
+        losses = parent.slow_losses + 1 if best == "fast" else 0
+        rest = 2 ** (losses - 1) if losses else 0
+        fits = {name: _with_record(fit, losses, rest) for name, fit in fits.items()}
+    return Update(fits, best, reason)
+
+
+def _with_record(fit: Fit, slow_losses: int, slow_rest: int) -> Fit:
+    learner = replace(fit.learner, slow_losses=slow_losses, slow_rest=slow_rest)
+    return replace(fit, learner=learner)
 
 
 def _reached(fits: dict[str, Fit]) -> float | None:
@@ -86,10 +105,17 @@ def _reached(fits: dict[str, Fit]) -> float | None:
     return max(known, default=None)
 
 
-def _best(fits: dict[str, Fit]) -> str:
-    if _reached(fits) is None:
-        return next(iter(fits))  # Nothing shows that gradients did better.
-    return max(fits, key=lambda name: fits[name].report.validation_accuracy or 0.0)
+def _best(fits: dict[str, Fit], validation: Labelled | None) -> str:
+    """The first result, unless a later one is clearly better."""
+    best = next(iter(fits))
+    if validation is None:
+        return best  # Nothing shows that gradients did better.
+    images, labels = validation
+    rights = {name: fit.learner.logits(images).argmax(1) == labels for name, fit in fits.items()}
+    for name in fits:
+        if clearly_better(rights[name], rights[best]):
+            best = name
+    return best
 
 
 def _shown(value: float | None) -> str:

@@ -16,13 +16,13 @@ from torch import Tensor
 from lifelong_ray.config import AnalyticConfig, ModelConfig
 from lifelong_ray.learning.analytic import AnalyticSums, class_scores
 from lifelong_ray.learning.collective import Collective
-from lifelong_ray.learning.evaluate import accuracy, fit_temperature
+from lifelong_ray.learning.evaluate import accuracy, clearly_better, fit_temperature
 from lifelong_ray.learning.model import Classifier, Head, Seen, Source
 from lifelong_ray.learning.widening import RandomFeatures
 from lifelong_ray.types import LearningError
 
 _ROWS = 512
-_SUMS_ROWS = 8_192
+_SUMS_ROWS = 65_536
 _NUM_FITTING = 2_000
 _SHARPNESSES = (3.0, 10.0, 30.0)
 _DEFAULT_SHARPNESS = 10.0
@@ -73,7 +73,8 @@ def look(model: Classifier, inputs: Inputs) -> Seen:
     features, wide = [], []
     for first in range(0, len(inputs), _ROWS):
         piece = inputs[first : first + _ROWS]
-        seen = _see(model, piece)
+        tensor, pixels = _placed(model, piece)
+        seen = model.see(tensor, start=piece.start, pixels=pixels)
         features.append(seen.features.cpu())
         wide.append(seen.wide.cpu())
     return Seen(torch.cat(features), torch.cat(wide))
@@ -111,17 +112,22 @@ def take_sums(
         group: The workers.
         weights_N: How many examples each one stands for; None means one.
     """
-    total = replace(
-        room,
-        gram=torch.zeros_like(room.gram),
-        class_sums=torch.zeros_like(room.class_sums),
-        counts=torch.zeros_like(room.counts),
-    )
+    total: AnalyticSums | None = None
     for first in range(group.rank * _SUMS_ROWS, len(inputs), group.world_size * _SUMS_ROWS):
         rows = slice(first, first + _SUMS_ROWS)
         features_NM = random_features(model, inputs[rows])
         weights = None if weights_N is None else weights_N[rows]
-        total = total.add(features_NM, modes_N[rows], weights)
+        more = AnalyticSums.of(
+            features_NM, modes_N[rows], room.num_classes, weights, mode_class=room.mode_class
+        )
+        total = more if total is None else total.merge(more)
+    if total is None:
+        total = replace(
+            room,
+            gram=torch.zeros_like(room.gram),
+            class_sums=torch.zeros_like(room.class_sums),
+            counts=torch.zeros_like(room.counts),
+        )
     group.sum([total.gram, total.class_sums, total.counts])
     return total
 
@@ -131,23 +137,26 @@ def random_features(model: Classifier, inputs: Inputs) -> Tensor:
     """Return the analytic head's random features (N, M) as int8, on the CPU."""
     return torch.cat(
         [
-            model.analytic.widening.integers(_see(model, inputs[i : i + _ROWS]).wide).cpu()
-            for i in range(0, len(inputs), _ROWS)
+            model.analytic.widening.integers(_wide_inputs(model, piece)).cpu()
+            for piece in (inputs[i : i + _ROWS] for i in range(0, len(inputs), _ROWS))
         ]
     )
 
 
-def _see(model: Classifier, piece: Inputs) -> Seen:
+def _wide_inputs(model: Classifier, piece: Inputs) -> Tensor:
+    tensor, pixels = _placed(model, piece)
+    return model.wide_inputs(tensor, start=piece.start, pixels=pixels)
+
+
+def _placed(model: Classifier, piece: Inputs) -> tuple[Tensor, Tensor | None]:
+    """Inputs and pixels on the model's device, laid out as convolutions like them."""
     pixels = None if piece.pixels is None else piece.pixels.to(model.device)
     tensor = piece.tensor.to(model.device)
     if tensor.dtype == torch.float16:
         tensor = tensor.float()
     if tensor.dim() == 4:
         tensor = tensor.contiguous(memory_format=torch.channels_last)
-    if model.analytic.source == "pixels" and model.num_random_features:
-        # The backbone's part is looked at only by who needs it.
-        pixels = tensor if pixels is None else pixels
-    return model.see(tensor, start=piece.start, pixels=pixels)
+    return tensor, pixels
 
 
 def solve(
@@ -230,10 +239,9 @@ class Answering:
 def choose_answering(
     model: Classifier, seen: Seen, labels_N: Tensor, *, prefer: Head, among: tuple[Head, ...]
 ) -> Answering:
-    """Make the best way to answer the model's own; ties go to `prefer`, then the simplest."""
+    """Make the best way to answer the model's own: `prefer`, unless another is clearly better."""
     device = model.device
     linear_NC = model.logits_of(seen.features.to(device)).cpu()
-    best: Answering | None = None
     heads = [prefer, *(head for head in among if head != prefer)]
     modes = model.analytic.mode_class
     several = len(modes) > len(modes.unique())
@@ -252,11 +260,20 @@ def choose_answering(
                 candidates += [
                     (head, weight, sharpness, linear_NC + weight * analytic_NC) for weight in _MIX
                 ]
-    for head, weight, sharpness, logits_NC in candidates:
-        score = accuracy(logits_NC, labels_N)
-        if best is None or score > best.accuracy:
-            best = Answering(head, score, fit_temperature(logits_NC, labels_N), weight, sharpness)
-    assert best is not None
+    rights = [logits_NC.argmax(1) == labels_N for _, _, _, logits_NC in candidates]
+    kept = 0
+    for index in sorted(range(len(rights)), key=lambda i: -int(rights[i].sum())):
+        if clearly_better(rights[index], rights[0]):
+            kept = index
+            break
+    head, weight, sharpness, logits_NC = candidates[kept]
+    best = Answering(
+        head,
+        accuracy(logits_NC, labels_N),
+        fit_temperature(logits_NC, labels_N),
+        weight,
+        sharpness,
+    )
     model.active_head = best.head
     model.analytic_weight = best.analytic_weight
     model.analytic.sharpness = torch.tensor(best.sharpness, device=device)

@@ -50,6 +50,26 @@ def test_added_gradient_is_that_of_autograd(num_classes, layout):
         torch.testing.assert_close(weight.grad, 1 + expected[name])
 
 
+@pytest.mark.parametrize("scale", [0.1, 1.0, 1e5])
+def test_added_gradient_is_exactly_nothing_at_the_anchor(scale):
+    penalty, weights = make_penalty(), make_weights(1)
+
+    penalty.add_gradient(weights, scale)
+
+    assert not any(weight.grad.any() for weight in weights.values())
+
+
+def test_added_gradient_follows_the_scale():
+    penalty, weights = make_penalty(), make_weights(0)
+    penalty.add_gradient(weights, 1.0)
+    expected = by_autograd(penalty, weights, 3.0)
+
+    penalty.add_gradient(weights, 2.0)
+
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight.grad, expected[name])
+
+
 def test_added_gradient_is_all_there_is_for_weights_without_one():
     penalty, weights = make_penalty(), make_weights(0)
     expected = by_autograd(penalty, weights, 2.0)
