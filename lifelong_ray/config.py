@@ -162,7 +162,7 @@ class TrainerConfig(_Branch):
 class EwcConfig(_Branch):
     """Elastic weight consolidation."""
 
-    lambda_ewc: float = Field(10.0, ge=0, description="Penalty weight; 0 turns EWC off.")
+    lambda_ewc: float = Field(10.0, ge=0, le=1e30, description="Penalty weight; 0 turns EWC off.")
     group_factors: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {},
         description="Factors on lambda_ewc by beginning of a weight's name, the longest that "

@@ -174,6 +174,8 @@ def settle_statistics(
             assert norm.running_var is not None
             norm.running_mean.copy_(moment.mean)
             norm.running_var.copy_(moment.squares / max(moment.count - 1, 1))
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.zero_()  # No average runs any more.
 
 
 class _Moments:

@@ -18,7 +18,7 @@ from lifelong_ray.learning.analytic import AnalyticSums
 from lifelong_ray.learning.chance import generator_for
 from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.lesson import Fit, FitReport, Labelled, Run, Stopwatch, check_base
-from lifelong_ray.learning.memory import empty_memory, remember
+from lifelong_ray.learning.memory import empty_memory, memory_stage, remember
 from lifelong_ray.learning.model import Classifier, Head, build_model
 from lifelong_ray.learning.terms import class_means, fisher_of
 from lifelong_ray.learning.trainer import train
@@ -64,7 +64,7 @@ def fit_base(
     names = check_base(training, validation, class_names, model_config)
     images, labels = training
     inputs = Inputs(images)
-    source = source_for(model_config, config.analytic)
+    source = source_for(model_config, config)
     model = build_model(
         model_config,
         len(names),
@@ -137,6 +137,7 @@ def fit_base(
         temperature=1.0 if answering is None else answering.temperature,
         sums_exact=True,
         ridge=ridge,
+        memory_stage=memory_stage(config.update),
     )
     report = FitReport(
         path="full" if yardstick else "base",

@@ -22,6 +22,7 @@ from lifelong_ray.learning.analytic import class_scores
 from lifelong_ray.learning.backbones import build_backbone, has_batch_statistics, standardise
 from lifelong_ray.learning.heads import GrowingCosine, GrowingLinear, make_head
 from lifelong_ray.learning.widening import RandomFeatures
+from lifelong_ray.types import LearningError
 
 Head = Literal["linear", "analytic", "both"]
 Source = Literal["pixels", "features", "stages"]
@@ -318,7 +319,10 @@ class Classifier(nn.Module):
         they share the first stages.
         """
         if self.config.head != "linear":
-            raise ValueError(f"a {self.config.head} head cannot be expanded; use a linear one")
+            raise LearningError(
+                f"model.head is {self.config.head}, and only a linear head can take branches; set "
+                "learning.update.expansion to never, or begin a family with a linear head"
+            )
         head = copy.deepcopy(self.head)
         nn.init.zeros_(head.weight)
         assert isinstance(head.bias, Tensor)

@@ -100,9 +100,9 @@ def fit_slow(
     model = as_trained(grown(parent, len(names), config.seed)).to(run.device)
     model.freeze_stages(depth)
     if expand:
+        depth = min(depth, len(model.stages) - 1)
         model.expand(depth)
         model.freeze_but_last_branch()
-        depth = min(depth, len(model.stages) - 1)
     inputs, labels = _entering(parent, model, training, depth, update)
     terms = update_terms(parent, model, inputs, labels, update)
     extra_seconds = watch.lap()
@@ -124,9 +124,10 @@ def fit_slow(
     watch.lap()
     model.eval()
     model.requires_grad_(True)
-    if update.weight_alignment:
+    if update.weight_alignment and len(names) > len(parent.class_names):
         align_new_rows(model.head, len(parent.class_names))
     num_new = len(training[1])
+    exact = parent.sums_exact and (_same_features(parent, model) or _keeps_everything(parent))
     if fast is not None and _same_features(parent, model):
         sums, ridge = fast.learner.sums, fast.learner.ridge
         model.analytic = copy.deepcopy(fast.learner.model.analytic).to(run.device)
@@ -137,6 +138,7 @@ def fit_slow(
     learner = _remembering(
         parent, model, training, names, config, run, inputs[:num_new], sums, ridge, answering
     )
+    learner = replace(learner, sums_exact=exact)
     report = FitReport(
         path="slow",
         samples_seen=trained.samples_seen + len(labels),
@@ -203,7 +205,7 @@ def _remembering(
         memory=memory,
         class_means=means_CD,
         temperature=answering.temperature,
-        sums_exact=parent.sums_exact and model.analytic.source == "pixels",
+        sums_exact=False,
         ridge=ridge,
         num_updates=number,
         memory_stage=parent.memory_stage,
@@ -288,16 +290,25 @@ def _entering(
         return _with_pseudo_features(parent, model, training, depth, update)
     moves = update.trainer.max_shift_px or update.trainer.mirror
     start = 0 if moves else depth
-    if stage:
-        if depth < stage or moves:
+    if stage or update.replay.content == "features":
+        if stage != depth or moves or update.replay.content != "features":
             raise LearningError(
-                f"the memory holds features of stage {stage}, which {depth} frozen stages (and "
-                "images moved about) would outdate; freeze as many stages, without shifts"
+                f"the memory holds {memory.content} that passed {stage} stages; with "
+                f"replay.content {update.replay.content}, {depth} frozen stages and "
+                f"{'' if moves else 'no '}images moved about it would not fit the new ones: keep "
+                "content "
+                "and frozen_stages as they were for the base training, without shifts"
             )
-        start = max(start, stage)
-    # The analytic head may look at what enters the last stage.
+    elif memory.inputs.shape[1:] != images.shape[1:]:
+        raise LearningError(
+            f"a memory of another image size: it holds {tuple(memory.inputs.shape[1:])} and the "
+            f"new images are {tuple(images.shape[1:])}; bring them to the memory's shape, or "
+            "begin a family anew with a base training"
+        )
+    # The analytic head may look at what enters the last stage, a branch at what enters it.
     if model.analytic.source == "stages":
         start = min(start, len(model.stages) - 1)
+    start = min([start, *model.shape.branch_starts])
     if start and not stage and _bytes_at(model, start) * len(images) > _MAX_CACHE_BYTES:
         start = 0
     all_labels = torch.cat([labels, memory.labels])
@@ -433,7 +444,7 @@ def _sums_after(
         fit_widening(model, inputs, config.seed, generator)
     if _same_features(parent, model):
         pass
-    elif remembers and bool((parent.memory.counts() == parent.memory.seen).all()):
+    elif remembers and _keeps_everything(parent):
         # Nothing was left out of the memory: its sums are those of everything.
         older = _sums_of_memory(parent, model, inputs[num_new:], run)
     elif remembers:
@@ -452,6 +463,11 @@ def _sums_after(
     sums, modes_N = with_modes(older, new_labels, model.num_classes)
     sums = sums.merge(take_sums(model, new_inputs, modes_N, sums, run.collective))
     return solve(model, sums, config.analytic, parent.ridge)
+
+
+def _keeps_everything(parent: Learner) -> bool:
+    """Whether nothing that was seen is missing from the memory."""
+    return bool((parent.memory.counts() == parent.memory.seen).all())
 
 
 def _sums_of_memory(

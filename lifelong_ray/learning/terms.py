@@ -201,15 +201,15 @@ def _distillation(
 def _dark(
     parent: Learner, model: Classifier, num_examples: int, config: UpdateConfig
 ) -> list[LossTerm]:
-    stored_NK = _unlikely_where_unknown(parent.memory.padded(model.num_classes).logits)
-    stored_NK = stored_NK.to(model.device)
-    if not stored_NK.shape[1]:
+    if not parent.memory.logits.shape[1]:
         logger.warning(
             "no logits were stored with the memory, so replay.dark_weight %g has no effect this "
             "time; it will from the next update on",
             config.replay.dark_weight,
         )
         return []
+    stored_NK = _unlikely_where_unknown(parent.memory.padded(model.num_classes).logits)
+    stored_NK = stored_NK.to(model.device)
     first = num_examples - len(stored_NK)
 
     def loss(logits_BC: Tensor, positions: Tensor) -> Tensor:

@@ -324,9 +324,11 @@ class _Loop:
         rate, momentum = rate_and_momentum(config.schedule, step, self._num_steps, self._rate)
         for name, value in values.items():
             if not math.isfinite(value):
+                held = ", ".join(f"{t.name} {t.weight:g}" for t in self._weight_terms)
                 raise LearningError(
                     f"the {name} loss is {value} at step {step}, learning rate {rate:.2g}: the "
                     "training has diverged; lower the learning rate or the weights of the terms"
+                    + (f" (among them {held})" if held else "")
                 )
         self._apply(rate, momentum)
         return values

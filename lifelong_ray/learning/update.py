@@ -82,8 +82,10 @@ def fit_update(
     reached = _reached(fits)
     short = reached is None or reached < config.update.good_enough_accuracy
     if wanted != "fast" and (expansion == "always" or (expansion == "auto" and short)):
+        # A checkpoint is of one training: the second one starts anew after an interruption.
+        again = replace(run, resume=None, on_epoch=None) if "slow" in fits else run
         fits["expanded"] = fit_slow(
-            parent, training, class_names, config, run, validation=validation, expand=True
+            parent, training, class_names, config, again, validation=validation, expand=True
         )
         reason += f"; learning.update.expansion is {expansion}"
     best = _best(fits, validation)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lifelong_ray.config import AnalyticConfig, ModelConfig
+from lifelong_ray.config import AnalyticConfig, LearningConfig, ModelConfig
 from lifelong_ray.learning.analytic import AnalyticSums, class_scores
 from lifelong_ray.learning.collective import Collective
 from lifelong_ray.learning.evaluate import accuracy, clearly_better, fit_temperature
@@ -52,19 +52,31 @@ class Inputs:
         return Inputs(self.tensor[chosen], self.start, pixels)
 
 
-def source_for(model: ModelConfig, config: AnalyticConfig) -> Source:
-    """Return what the analytic head of a new family looks at."""
+def source_for(model: ModelConfig, learning: LearningConfig) -> Source:
+    """Return what the analytic head of a new family looks at.
+
+    Raises:
+        LearningError: If that is more than the architecture or the memory will have.
+    """
+    config, update = learning.analytic, learning.update
     has_maps = model.name in ("convnet", "resnet20", "resnet32")
     if config.source == "stages" and not has_maps:
         raise LearningError(
             f"analytic.source is stages, but what the stages of {model.name} give cannot be "
             "pooled alike; use features, or pixels"
         )
+    # Features that stand in for images have no pixels to look at.
+    imageless = bool(update.pseudo_features) or update.replay.content == "features"
+    if imageless and config.source in ("pixels", "stages") and config.num_features:
+        raise LearningError(
+            f"analytic.source is {config.source}, which features kept or made up in place of "
+            "images cannot give; set it to features"
+        )
     if config.source != "auto":
         return config.source
     # A network of dense layers keeps little of what its first classes did not need; its
     # pixels are few enough to be looked at themselves.
-    return "pixels" if model.name == "mlp" else "features"
+    return "pixels" if model.name == "mlp" and not imageless else "features"
 
 
 @torch.no_grad()

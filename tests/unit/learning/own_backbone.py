@@ -55,9 +55,7 @@ class Overflowing(nn.Module):
 
 
 def _dense(image_size: int, channels: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(channels * image_size**2, 24), nn.ReLU()
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size**2, 24), nn.ReLU())
 
 
 def with_dropout(image_size: int, channels: int) -> nn.Module:

@@ -15,17 +15,13 @@ RIDGE = 1e-2
 def features_of(labels: Tensor, seed: int) -> Tensor:
     """Features (N, M) in the range of the real ones, around one mean per class."""
     means = torch.rand(6, NUM_FEATURES, generator=torch.Generator().manual_seed(0)) * 80
-    noise = torch.randn(
-        len(labels), NUM_FEATURES, generator=torch.Generator().manual_seed(seed)
-    )
+    noise = torch.randn(len(labels), NUM_FEATURES, generator=torch.Generator().manual_seed(seed))
     return means[labels] + 6 * noise
 
 
 def mixing(seed: int = 3) -> Tensor:
     """A well-conditioned linear map (M, M)."""
-    drawn = torch.randn(
-        NUM_FEATURES, NUM_FEATURES, generator=torch.Generator().manual_seed(seed)
-    )
+    drawn = torch.randn(NUM_FEATURES, NUM_FEATURES, generator=torch.Generator().manual_seed(seed))
     return torch.linalg.qr(drawn).Q
 
 

@@ -31,9 +31,7 @@ def fresh_model(num_classes: int = 4) -> Classifier:
 
 
 def remembered(config: UpdateConfig, **kwargs: Any) -> ReplayMemory:
-    return remember(
-        empty_memory(MODEL, 4), fresh_model(), IMAGES, LABELS, config, seed=0, **kwargs
-    )
+    return remember(empty_memory(MODEL, 4), fresh_model(), IMAGES, LABELS, config, seed=0, **kwargs)
 
 
 def grown_to(num_classes: int) -> Classifier:
@@ -99,7 +97,7 @@ def test_herding_keeps_those_whose_mean_feature_is_closest_to_their_classs():
 
     model = fresh_model()
     for c in range(4):
-        mine = IMAGES[LABELS == c]
+        mine = IMAGES[c == LABELS]
         order = herding_order(model_features(model, mine, 0), 3)
         assert torch.equal(memory.inputs[memory.labels == c], mine[order])
 
@@ -189,7 +187,7 @@ def test_a_memory_of_another_image_size_is_named():
 def test_a_memory_that_held_images_does_not_take_features():
     memory = remembered(settings())
 
-    with pytest.raises(LearningError, match="another image size|another features"):
+    with pytest.raises(LearningError, match=r"another image size|another features"):
         remember(
             memory, fresh_model(), IMAGES, LABELS, settings(content="features"), seed=0, update=1
         )

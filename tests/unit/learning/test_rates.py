@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -57,7 +58,7 @@ def test_the_range_test_tries_rates_evenly_on_a_logarithmic_scale():
     tried: list[float] = []
     find_rate(lambda _, rate: tried.append(rate) or 1.0)
 
-    ratios = [later / earlier for earlier, later in zip(tried, tried[1:], strict=False)]
+    ratios = [later / earlier for earlier, later in itertools.pairwise(tried)]
 
     assert ratios == pytest.approx([ratios[0]] * len(ratios))
     assert (tried[0], tried[-1]) == pytest.approx((1e-5, 1.0))
@@ -65,5 +66,5 @@ def test_the_range_test_tries_rates_evenly_on_a_logarithmic_scale():
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_range_test_without_one_finite_loss_says_what_to_do(loss):
-    with pytest.raises(LearningError, match="no finite loss.*or set a learning rate"):
+    with pytest.raises(LearningError, match=r"no finite loss.*or set a learning rate"):
         find_rate(lambda step, rate: loss)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lifelong_ray.config import AnalyticConfig, ModelConfig
+from lifelong_ray.config import AnalyticConfig, LearningConfig, ModelConfig, UpdateConfig
 from lifelong_ray.learning import Alone, AnalyticSums, Classifier, build_model
 from lifelong_ray.learning.chance import generator_for
 from lifelong_ray.learning.wide import (
@@ -39,9 +39,7 @@ def seen_twice(model: Classifier, second: torch.Tensor) -> AnalyticSums:
     """Sums of the images and of their classes once more, in modes of their own."""
     sums = take_sums(model, Inputs(IMAGES), LABELS, AnalyticSums.empty(64, 4), Alone())
     both = sums.open_modes(range(4))
-    return both.merge(
-        take_sums(model, Inputs(second), both.newest_modes[LABELS], both, Alone())
-    )
+    return both.merge(take_sums(model, Inputs(second), both.newest_modes[LABELS], both, Alone()))
 
 
 def test_a_clearly_better_head_is_taken_over_the_preferred_one():
@@ -189,11 +187,20 @@ def test_a_model_without_an_analytic_head_has_nothing_to_solve():
 def test_what_the_analytic_head_looks_at_follows_the_architecture():
     dense = ModelConfig(name="mlp")
 
-    assert source_for(MODEL, CONFIG) == "features"
-    assert source_for(dense, CONFIG) == "pixels"
-    assert source_for(dense, CONFIG.model_copy(update={"source": "features"})) == "features"
-    with pytest.raises(LearningError, match="source is stages.*mlp.*use features, or pixels"):
-        source_for(dense, CONFIG.model_copy(update={"source": "stages"}))
+    def looks_at(model: ModelConfig, source: str = "auto", **update) -> str:
+        learning = LearningConfig(
+            analytic=AnalyticConfig(source=source), update=UpdateConfig(**update)
+        )
+        return source_for(model, learning)
+
+    assert looks_at(MODEL) == "features"
+    assert looks_at(dense) == "pixels"
+    assert looks_at(dense, "features") == "features"
+    assert looks_at(dense, pseudo_features=5) == "features"
+    with pytest.raises(LearningError, match=r"source is stages.*mlp.*use features, or pixels"):
+        looks_at(dense, "stages")
+    with pytest.raises(LearningError, match=r"source is pixels.*set it to features"):
+        looks_at(dense, "pixels", pseudo_features=5)
 
 
 def test_sums_that_are_not_finite_are_named():
