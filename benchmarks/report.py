@@ -1,0 +1,165 @@
+"""Write docs/benchmarks.md and its pictures from the results that are there.
+
+    python benchmarks/report.py
+
+Reads benchmarks/results/*.json and measures nothing. Sections whose results are missing are
+left out.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib as mpl
+import typer
+from common import table
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+_INTRO = """# Benchmarks of the learning engine
+
+Made by `python benchmarks/report.py` from `benchmarks/results/`. Every figure comes from a
+command in this repository, on any `.npz` with `x_train`, `y_train`, `x_test` and `y_test`; seconds
+are of two shared cores, so read ratios within one table and not seconds across them.
+"""
+_CONTINUAL = """
+Two classes arrive at a time and are never shown again, but for a hundred remembered images a class
+where a method keeps any. `default` keeps a fifth of these as a hold-out. `analytic` and `datafree`
+keep no image at all. `joint` sees everything at once. Retention is the accuracy on what was known
+before an update, after it, as a share of that before it; the mean over updates.
+"""
+_UPDATE = """
+A version that knows the other classes learns the new ones. `full` trains from nothing on
+everything. `warm_...` goes on training on everything, for an epoch or for as many seconds as the
+share says: the control that any update has to beat. `datafree` keeps no old image. `within old`
+is retention with only the old classes competing: what was forgotten, apart from what became
+confusable.
+"""
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Folder of JSON files.")] = Path(
+        "benchmarks/results"
+    ),
+    docs: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("docs"),
+) -> None:
+    """Write the report."""
+    parts = [_INTRO]
+    for path in sorted(results.glob("continual_*.json")):
+        parts.append(_continual(path, docs))
+    for path in sorted(results.glob("update_*.json")):
+        parts.append(_update(path, docs))
+    for name, title in (
+        ("fisher.json", "Cost of the Fisher, in plain passes over the same examples"),
+        ("ewc_step.json", "Cost of the EWC penalty, as a share of a training step"),
+        ("unlearning.json", "Exact unlearning"),
+    ):
+        path = results / name
+        if path.exists():
+            parts.append(f"\n## {title}\n\n{_flat(json.loads(path.read_text(encoding='utf-8')))}\n")
+    (docs / "benchmarks.md").write_text("\n".join(parts), encoding="utf-8")
+    print(f"written {docs / 'benchmarks.md'}")
+
+
+def _continual(path: Path, docs: Path) -> str:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    setup, methods = report["setup"], report["methods"]
+    keys = ("final_accuracy_mean", "final_accuracy_std", "retention_mean", "forgetting_mean")
+    keys += ("plasticity_mean", "train_seconds", "samples_seen")
+    rows = [[name, *(figures[key] for key in keys)] for name, figures in methods.items()]
+    picture = f"images/{path.stem}.png"
+    _bars(
+        {name: figures["final_accuracy_mean"] for name, figures in methods.items()},
+        {name: figures["final_accuracy_std"] or 0.0 for name, figures in methods.items()},
+        "final accuracy",
+        docs / picture,
+    )
+    title = f"{setup['data']}, {setup['scenario']}-incremental, {setup['experiences']} experiences"
+    columns = ("method", "final accuracy", "std", "retention", "forgetting", "plasticity")
+    return (
+        f"\n## {title}\n{_CONTINUAL}\n{_said(setup)}\n\n"
+        f"{table([*columns, 'seconds', 'samples'], rows)}\n\n![final accuracy]({picture})\n"
+    )
+
+
+def _update(path: Path, docs: Path) -> str:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    setup, methods = report["setup"], report["methods"]
+    keys = ("seconds_share", "samples_seen", "accuracy", "old_accuracy", "new_accuracy")
+    keys += ("retention", "retention_within_old", "points_over_full")
+    rows = [[name, *(figures[key] for key in keys)] for name, figures in methods.items()]
+    picture = f"images/{path.stem}.png"
+    _scatter(methods, docs / picture)
+    columns = ("method", "share of seconds", "samples", "all", "old", "new", "retention")
+    return (
+        f"\n## {setup['data']}: new classes {setup['new_classes']}\n{_UPDATE}\n{_said(setup)}\n\n"
+        f"{table([*columns, 'within old', 'points over full'], rows)}\n\n"
+        f"![accuracy against share of seconds]({picture})\n"
+    )
+
+
+def _bars(values: dict[str, float], spreads: dict[str, float], label: str, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 0.4 * len(values) + 1))
+    names = list(values)[::-1]
+    axes.barh(names, [values[n] for n in names], xerr=[spreads[n] for n in names], color="#4878a8")
+    for position, name in enumerate(names):
+        axes.text(0.01, position, f"{values[name]:.3f}", va="center", color="white", fontsize=8)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(label)
+    _save(figure, path)
+
+
+def _scatter(methods: dict[str, Any], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, figures in methods.items():
+        colour = "#b04040" if name.startswith(("warm", "full")) else "#4878a8"
+        axes.scatter(figures["seconds_share"], figures["accuracy"], color=colour)
+        axes.annotate(
+            name,
+            (figures["seconds_share"], figures["accuracy"]),
+            textcoords="offset points",
+            xytext=(5, 4),
+            fontsize=8,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds, as a share of full retraining")
+    axes.set_ylabel("accuracy on all classes")
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _said(setup: dict[str, Any]) -> str:
+    facts = ("seeds", "iterations", "memory_per_class", "epochs", "memory_share", "precision")
+    said = ", ".join(f"{key.replace('_', ' ')} {setup[key]}" for key in facts if key in setup)
+    return f"Measured {setup['date']} on {setup['cpus']} cores, torch {setup['torch']}: {said}."
+
+
+def _flat(report: dict[str, Any]) -> str:
+    """Nested figures as a table of paths and values."""
+    rows: list[list[object]] = []
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix} {key}".strip(), inner)
+        elif isinstance(value, float):
+            rows.append([prefix.replace("_", " "), f"{value:.3g}"])
+        elif isinstance(value, int) and not isinstance(value, bool):
+            rows.append([prefix.replace("_", " "), value])
+
+    walk("", {key: value for key, value in report.items() if key != "setup"})
+    return table(("figure", "value"), rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)
