@@ -36,7 +36,15 @@ from lifelong_ray.config import (
     TrainerConfig,
     UpdateConfig,
 )
-from lifelong_ray.learning import Labelled, Learner, Run, evaluate, fit_base, fit_update
+from lifelong_ray.learning import (
+    Labelled,
+    Learner,
+    Run,
+    allowed_classes,
+    evaluate,
+    fit_base,
+    fit_update,
+)
 from lifelong_ray.learning.history import History
 from lifelong_ray.scenarios import Scenario, split
 
@@ -208,9 +216,10 @@ def run_method(scenario: Scenario, model: ModelConfig, how: Method) -> dict[str,
         row, within = [], []
         for number, (images, labels) in enumerate(tests[: index + 1]):
             logits_NC = learner.logits(images)
+            allowed_NC = None
             if scenario.kind == "task":
-                logits_NC = _only_own_task(logits_NC, scenario, number)
-            row.append(evaluate(logits_NC, labels).accuracy)
+                allowed_NC = _of_own_task(scenario, number, len(labels), logits_NC.shape[1])
+            row.append(evaluate(logits_NC, labels, allowed_NC=allowed_NC).accuracy)
             old = before if before else known
             if number < index and int(labels.max()) < old:
                 within.append(float((logits_NC[:, :old].argmax(1) == labels).float().mean()))
@@ -251,9 +260,10 @@ def _run_jointly(scenario: Scenario, model: ModelConfig, how: Method) -> dict[st
     for number, experience in enumerate(scenario.experiences):
         images, labels = as_tensors(experience.test_images, experience.test_labels)
         logits_NC = fit.learner.logits(images)
+        allowed_NC = None
         if scenario.kind == "task":
-            logits_NC = _only_own_task(logits_NC, scenario, number)
-        row.append(evaluate(logits_NC, labels).accuracy)
+            allowed_NC = _of_own_task(scenario, number, len(labels), logits_NC.shape[1])
+        row.append(evaluate(logits_NC, labels, allowed_NC=allowed_NC).accuracy)
     sizes = np.array([len(e.test_labels) for e in scenario.experiences])
     return {
         "final_accuracy": float(np.average(row, weights=sizes)),
@@ -264,9 +274,13 @@ def _run_jointly(scenario: Scenario, model: ModelConfig, how: Method) -> dict[st
     }
 
 
-def _only_own_task(logits_NC: torch.Tensor, scenario: Scenario, number: int) -> torch.Tensor:
-    tasks = torch.tensor(scenario.task_of_class[: logits_NC.shape[1]])
-    return logits_NC.masked_fill(tasks != number, -torch.inf)
+def _of_own_task(scenario: Scenario, number: int, num: int, num_classes: int) -> torch.Tensor:
+    """Which classes compete for test examples of a task that is known."""
+    tasks = [
+        [c for c, task in enumerate(scenario.task_of_class[:num_classes]) if task == t]
+        for t in range(len(scenario.experiences))
+    ]
+    return allowed_classes(torch.full((num,), number), tasks, num_classes)
 
 
 def _set_aside(training: Labelled, per_label: int, seed: int) -> tuple[Labelled, Labelled]:

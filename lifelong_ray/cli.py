@@ -114,7 +114,7 @@ def demo(
         out, data = out.expanduser(), os.path.expanduser(data)  # noqa: PTH111 - may be no path
         _make_demo_folder(out)
         config = demo_config(out, seed=seed, data=data, overrides=tuple(set_ or ()))
-        pace = Pace(calm_s=3, changed_s=20) if short else Pace()
+        pace = Pace(rate=25, calm_s=3, changed_s=20) if short else Pace()
         story = tell_story(config, out, seed=seed, pace=pace, say=say)
         paths = write_reports(story, out)
         print_table(story.figures, console)

@@ -24,6 +24,9 @@ from lifelong_ray.datasets import LabelledImages
 from lifelong_ray.demo.world import as_png
 
 _TIMEOUT_S = 30.0
+# A client that queued without end while the server is slow would, on two cores, be what keeps
+# it slow: the connection pool looks through all that waits at every answer.
+_MOST_UNDER_WAY = 32
 POOLS = ("calm", "changed", "later")
 
 
@@ -157,18 +160,21 @@ async def _send_steadily(
     rng = np.random.default_rng(seed)
     positions = dict.fromkeys(POOLS, 0)
     sequences = {name: rng.permutation(len(pool)) for name, pool in pools.items()}
-    limits = httpx.Limits(max_connections=64)
+    limits = httpx.Limits(max_connections=_MOST_UNDER_WAY)
+    free = asyncio.Semaphore(_MOST_UNDER_WAY)
     async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, limits=limits) as http:
         client = _Client(http, log, rng, correct_share)
         under_way: set[asyncio.Task[None]] = set()
         due_s = time.monotonic()
         while not orders.stopped:
+            await free.acquire()
             name = orders.pool
             image, label = pools[name][sequences[name][positions[name] % len(pools[name])]]
             positions[name] += 1
             task = asyncio.create_task(client.send(image, label, changed=name != POOLS[0]))
             under_way.add(task)
             task.add_done_callback(under_way.discard)
+            task.add_done_callback(lambda _: free.release())
             due_s = max(due_s + 1 / rate, time.monotonic() - 1.0)
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
         await asyncio.gather(*under_way)

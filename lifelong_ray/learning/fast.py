@@ -18,7 +18,7 @@ from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.lesson import Fit, FitReport, Labelled, Run, Stopwatch, check_update
 from lifelong_ray.learning.memory import remember
 from lifelong_ray.learning.model import Classifier
-from lifelong_ray.learning.terms import class_means
+from lifelong_ray.learning.terms import class_means_after
 from lifelong_ray.learning.wide import (
     Inputs,
     choose_answering,
@@ -93,7 +93,7 @@ def fit_fast(
         memory=remember(
             parent.memory, model, images, labels, config.update, seed=config.seed, update=update
         ),
-        class_means=_with_means(parent, model, inputs, labels, len(names), config),
+        class_means=class_means_after(parent, model, inputs, labels, config),
         temperature=temperature,
         sums_exact=parent.sums_exact,
         ridge=ridge,
@@ -139,21 +139,6 @@ def anchor_of(parent: Learner, model: Classifier) -> dict[str, Tensor]:
             held = fresh
         anchor[name] = held if held.shape == fresh.shape else torch.cat([held, fresh[len(held) :]])
     return anchor
-
-
-def _with_means(
-    parent: Learner,
-    model: Classifier,
-    inputs: Inputs,
-    labels: Tensor,
-    num_classes: int,
-    config: LearningConfig,
-) -> Tensor:
-    """The parent's class means, and those of the classes that are new."""
-    means_CD, old = class_means(model, inputs, labels, num_classes, config), parent.class_means
-    if means_CD.shape[1] == old.shape[1]:
-        means_CD[: len(old)] = old
-    return means_CD
 
 
 def _left_out_temperature(

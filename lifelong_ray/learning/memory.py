@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lifelong_ray.config import ModelConfig, ReplayConfig, UpdateConfig
+from lifelong_ray.config import ModelConfig, UpdateConfig
 from lifelong_ray.learning.chance import generator_for
 from lifelong_ray.learning.model import Classifier, in_chunks
 from lifelong_ray.learning.replay import ReplayMemory
@@ -95,11 +95,6 @@ def remember(
             memory.inputs[fresh],
         )
     return memory
-
-
-def keeps_anything(replay: ReplayConfig) -> bool:
-    """Whether any example is remembered at all."""
-    return bool(replay.memory_per_class or replay.memory_share)
 
 
 def model_features(model: Classifier, inputs: Tensor, stage: int) -> Tensor:

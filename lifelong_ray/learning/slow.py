@@ -32,7 +32,7 @@ from lifelong_ray.learning.model import Classifier, in_chunks
 from lifelong_ray.learning.replay import BatchPlan, endless_batches, mix_batches
 from lifelong_ray.learning.terms import (
     accumulated,
-    class_means,
+    class_means_after,
     fisher_of,
     update_terms,
     warn_of_forgetting,
@@ -103,25 +103,8 @@ def fit_slow(
         depth = min(depth, len(model.stages) - 1)
         model.expand(depth)
         model.freeze_but_last_branch()
-    inputs, labels = _entering(parent, model, training, depth, update)
-    terms = update_terms(parent, model, inputs, labels, update)
-    extra_seconds = watch.lap()
-    trained = train(
-        model,
-        inputs.tensor,
-        labels,
-        config=update.trainer,
-        seed=config.seed,
-        clock=run.clock,
-        terms=terms,
-        batches=_plan(parent, len(training[1]), len(labels), update),
-        start=inputs.start,
-        rivals=_rivals(parent, training[1], len(labels), len(names), update),
-        collective=run.collective,
-        resume=run.resume,
-        on_epoch=run.on_epoch,
-    )
-    watch.lap()
+    inputs, labels, trained = _train(parent, model, training, depth, config, run)
+    extra_seconds = watch.lap() - trained.seconds
     model.eval()
     model.requires_grad_(True)
     if update.weight_alignment and len(names) > len(parent.class_names):
@@ -134,7 +117,13 @@ def fit_slow(
     else:
         sums, ridge = _sums_after(parent, model, inputs, labels, num_new, config, run)
     outdated = not len(parent.memory) and not _same_features(parent, model)
-    answering = _choose(model, inputs, labels, sums, ridge, validation, outdated=outdated)
+    outdated = outdated or bool(update.pseudo_features)
+    stands_for_N = torch.ones(len(labels), dtype=torch.float64)
+    if not update.pseudo_features:
+        stands_for_N[num_new:] = memory.weights()
+    answering = _choose(
+        model, inputs, labels, stands_for_N, sums, ridge, validation, outdated=outdated
+    )
     learner = _remembering(
         parent, model, training, names, config, run, inputs[:num_new], sums, ridge, answering
     )
@@ -149,6 +138,35 @@ def fit_slow(
         choices=_choices(learner, trained, depth, expand=expand),
     )
     return Fit(learner, report)
+
+
+def _train(
+    parent: Learner,
+    model: Classifier,
+    training: Labelled,
+    depth: int,
+    config: LearningConfig,
+    run: Run,
+) -> tuple[Inputs, Tensor, TrainReport]:
+    """Train `model` as the update's settings say; return on what, with which labels, and how."""
+    update, num_new = config.update, len(training[1])
+    inputs, labels = _entering(parent, model, training, depth, update)
+    trained = train(
+        model,
+        inputs.tensor,
+        labels,
+        config=update.trainer,
+        seed=config.seed,
+        clock=run.clock,
+        terms=update_terms(parent, model, inputs, labels, update),
+        batches=_plan(parent, num_new, len(labels), update),
+        start=inputs.start,
+        rivals=_rivals(parent, training[1], len(labels), model.num_classes, update),
+        collective=run.collective,
+        resume=run.resume,
+        on_epoch=run.on_epoch,
+    )
+    return inputs, labels, trained
 
 
 def _choices(
@@ -189,12 +207,8 @@ def _remembering(
     memory = remember(
         parent.memory, model, images, labels, config.update, seed=config.seed, update=number
     )
-    means_CD = class_means(model, new_inputs, labels, len(names), config)
-    known = len(parent.class_means)
-    if means_CD.shape[1] == parent.class_means.shape[1]:
-        means_CD[:known] = parent.class_means
-    # torch's stubs do not know this form
-    model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    means_CD = class_means_after(parent, model, new_inputs, labels, config)
+    model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # not in stubs
     fisher, anchor = accumulated(parent, model, newer, len(labels), config)
     return Learner(
         model=model,
@@ -239,40 +253,20 @@ def _depth(
         "epochs": math.ceil(trainer.epochs * _TRIAL_SHARE),
     }
     best, best_depth = -1.0, num_stages
+    briefly = config.update.model_copy(update={"trainer": trainer.model_copy(update=short)})
+    trial = config.model_copy(update={"update": briefly})
+    alone = replace(run, resume=None, on_epoch=None)  # Checkpoints are of the real training.
     for depth in range(num_stages, -1, -1):
-        trial = replace_update(
-            config, frozen_stages=depth, trainer=trainer.model_copy(update=short)
-        ).update
-        model = grown(parent, len(names), config.seed).to(run.device)
+        model = as_trained(grown(parent, len(names), config.seed)).to(run.device)
         model.freeze_stages(depth)
-        inputs, labels = _entering(parent, model, training, depth, trial)
-        train(
-            model,
-            inputs.tensor,
-            labels,
-            config=trial.trainer,
-            seed=config.seed,
-            clock=run.clock,
-            terms=update_terms(parent, model, inputs, labels, trial),
-            batches=_plan(parent, len(training[1]), len(labels), trial),
-            start=inputs.start,
-            collective=run.collective,
-        )
+        _train(parent, model, training, depth, trial, alone)
         model.eval()
-        logits_NC = in_chunks(
-            lambda x, m=model: m.trained_logits(x.to(m.device)).cpu(),  # type: ignore[misc]  # a default binds the loop's model
-            validation[0],
-        )
-        score = accuracy(logits_NC, validation[1])
+        features_ND = look(model, Inputs(validation[0])).features
+        score = accuracy(model.logits_of(features_ND.to(run.device)).cpu(), validation[1])
         logger.info("with %d frozen stages a short training reaches %.3f", depth, score)
         if score > best:
             best, best_depth = score, depth
     return best_depth
-
-
-def replace_update(config: LearningConfig, **changes: object) -> LearningConfig:
-    """Return the configuration with other settings of the update."""
-    return config.model_copy(update={"update": config.update.model_copy(update=changes)})
 
 
 @torch.no_grad()
@@ -296,8 +290,7 @@ def _entering(
                 f"the memory holds {memory.content} that passed {stage} stages; with "
                 f"replay.content {update.replay.content}, {depth} frozen stages and "
                 f"{'' if moves else 'no '}images moved about it would not fit the new ones: keep "
-                "content "
-                "and frozen_stages as they were for the base training, without shifts"
+                "content and frozen_stages as they were for the base training, without shifts"
             )
     elif memory.inputs.shape[1:] != images.shape[1:]:
         raise LearningError(
@@ -501,6 +494,7 @@ def _choose(
     model: Classifier,
     inputs: Inputs,
     labels: Tensor,
+    stands_for_N: Tensor,
     sums: AnalyticSums,
     ridge: float,
     validation: Labelled | None,
@@ -518,7 +512,7 @@ def _choose(
             prefer="analytic" if analytic else "linear",
             among=("both", "linear") if analytic else ("linear",),
         )
-    if not analytic or outdated or inputs.start == len(model.stages):
+    if not analytic or outdated:
         model.active_head = "linear"
         return Answering("linear", 0.0, 1.0, 1.0, 1.0)
     model.active_head = "analytic"
@@ -527,5 +521,5 @@ def _choose(
         features_NM, sums.newest_modes[labels], torch.ones(len(labels)), ridge
     )
     left_out_NC = model.analytic.together(left_out_NK, model.num_classes)
-    temperature = fit_temperature(left_out_NC, labels)
+    temperature = fit_temperature(left_out_NC, labels, stands_for_N)
     return Answering("analytic", 0.0, temperature, 1.0, float(model.analytic.sharpness))

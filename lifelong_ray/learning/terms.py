@@ -145,6 +145,17 @@ def _unlikely_where_unknown(stored_NK: Tensor) -> Tensor:
     return torch.where(unknown_NK & ~nothing_N1, least_N1, stored_NK)
 
 
+def class_means_after(
+    parent: Learner, model: Classifier, inputs: Inputs, labels: Tensor, config: LearningConfig
+) -> Tensor:
+    """Return the parent's class means, followed by those of the classes that are new."""
+    means_CD = class_means(model, inputs, labels, model.num_classes, config)
+    old = parent.class_means
+    if means_CD.shape[1] == old.shape[1]:
+        means_CD[: len(old)] = old
+    return means_CD
+
+
 def _over(new: Tensor, old: Tensor) -> Tensor:
     """`old`, with the rows that only `new` has."""
     return old if old.shape == new.shape else torch.cat([old, new[len(old) :]])

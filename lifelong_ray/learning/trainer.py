@@ -205,7 +205,8 @@ def train(
     stopped = False
     while loop.epoch < loop.num_epochs and not stopped:
         began_s = clock()
-        losses = loop.run_epoch()
+        with torch.random.fork_rng(devices=[]):  # Layers that draw leave no trace.
+            losses = loop.run_epoch()
         loop.seconds += clock() - began_s
         report = EpochReport(
             epoch=loop.epoch,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lifelong_ray.config import AnalyticConfig, LearningConfig, ModelConfig
-from lifelong_ray.learning.analytic import AnalyticSums, class_scores
+from lifelong_ray.learning.analytic import AnalyticSums, choose_sharpness, class_scores
 from lifelong_ray.learning.collective import Collective
 from lifelong_ray.learning.evaluate import accuracy, clearly_better, fit_temperature
 from lifelong_ray.learning.model import Classifier, Head, Seen, Source
@@ -24,7 +24,6 @@ from lifelong_ray.types import LearningError
 _ROWS = 512
 _SUMS_ROWS = 65_536
 _NUM_FITTING = 2_000
-_SHARPNESSES = (3.0, 10.0, 30.0)
 _DEFAULT_SHARPNESS = 10.0
 _ALIKE = 0.3
 _MIX = (2.0, 4.0, 8.0, 16.0)
@@ -255,30 +254,28 @@ def choose_answering(
     device = model.device
     linear_NC = model.logits_of(seen.features.to(device)).cpu()
     heads = [prefer, *(head for head in among if head != prefer)]
-    modes = model.analytic.mode_class
-    several = len(modes) > len(modes.unique())
-    sharpnesses = _SHARPNESSES if several else (float(model.analytic.sharpness),)
-    candidates: list[tuple[Head, float, float, Tensor]] = []
+    candidates: list[tuple[Head, float, Tensor]] = []
+    sharpness = float(model.analytic.sharpness)
+    analytic_NC = linear_NC
+    if any(head != "linear" for head in heads):
+        scores_NK, modes = _scores(model, seen.wide), model.analytic.mode_class.cpu()
+        if len(modes) > model.num_classes:
+            sharpness = choose_sharpness(scores_NK, labels_N, modes, model.num_classes)
+        analytic_NC = class_scores(scores_NK, modes, model.num_classes, sharpness)
     for head in heads:
         if head == "linear":
-            candidates.append((head, 1.0, sharpnesses[0], linear_NC))
-            continue
-        scores_NK = _scores(model, seen.wide)
-        for sharpness in sharpnesses:
-            analytic_NC = class_scores(scores_NK, modes.cpu(), model.num_classes, sharpness)
-            if head == "analytic":
-                candidates.append((head, 1.0, sharpness, analytic_NC))
-            else:
-                candidates += [
-                    (head, weight, sharpness, linear_NC + weight * analytic_NC) for weight in _MIX
-                ]
-    rights = [logits_NC.argmax(1) == labels_N for _, _, _, logits_NC in candidates]
+            candidates.append((head, 1.0, linear_NC))
+        elif head == "analytic":
+            candidates.append((head, 1.0, analytic_NC))
+        else:
+            candidates += [(head, weight, linear_NC + weight * analytic_NC) for weight in _MIX]
+    rights = [logits_NC.argmax(1) == labels_N for _, _, logits_NC in candidates]
     kept = 0
     for index in sorted(range(len(rights)), key=lambda i: -int(rights[i].sum())):
         if clearly_better(rights[index], rights[0]):
             kept = index
             break
-    head, weight, sharpness, logits_NC = candidates[kept]
+    head, weight, logits_NC = candidates[kept]
     best = Answering(
         head,
         accuracy(logits_NC, labels_N),

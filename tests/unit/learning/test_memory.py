@@ -9,7 +9,6 @@ from lifelong_ray.config import ReplayConfig, UpdateConfig
 from lifelong_ray.learning import Classifier, ReplayMemory, build_model
 from lifelong_ray.learning.memory import (
     empty_memory,
-    keeps_anything,
     memory_stage,
     model_features,
     remember,
@@ -68,12 +67,6 @@ def test_a_share_of_1_keeps_everything():
     memory = remembered(settings(memory_share=1))
 
     assert memory.counts().tolist() == memory.seen.tolist() == [10] * 4
-
-
-def test_whether_anything_is_kept_follows_from_either_size():
-    assert keeps_anything(ReplayConfig(memory_per_class=1))
-    assert keeps_anything(ReplayConfig(memory_per_class=0, memory_share=0.1))
-    assert not keeps_anything(ReplayConfig(memory_per_class=0))
 
 
 def test_a_reservoir_keeps_more_of_frequent_classes():
