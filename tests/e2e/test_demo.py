@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +20,23 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
-    finished = subprocess.run(
-        [LIFELONG, "demo", "--short", "--seed", "3", "--out", str(out)],
-        capture_output=True,
-        text=True,
-        timeout=540,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout[-4_000:] + finished.stderr[-4_000:]
+    log = out.parent / "printed.txt"
+    with log.open("wb") as printed:
+        process = subprocess.Popen(
+            [LIFELONG, "demo", "--short", "--seed", "3", "--out", str(out)],
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    status = None
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = process.wait(timeout=540)
+    finally:
+        # Its Ray and its client too: a Ray left behind takes the jobs of the tests that follow.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert status == 0, log.read_text(encoding="utf-8", errors="replace")[-8_000:]
     return out
 
 

@@ -202,6 +202,7 @@ def test_blocks_that_are_tested_elsewhere_are_still_in_the_readme():
     assert firsts >= set(ELSEWHERE)
 
 
+@pytest.mark.timeout(600)  # Its set-up runs them all.
 def test_every_command_ends_well(ran: list[Ran], shell: Shell):
     assert SERVER in [r.block for r in ran]
     assert not shell.unused, "replacements that no longer fit the README"
