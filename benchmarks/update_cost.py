@@ -78,6 +78,7 @@ def main(
         str, typer.Option(help="Shares of full's seconds for default and the warm control.")
     ] = "0.05,0.1,0.2",
     num_features: Annotated[int, typer.Option(help="Of the analytic head.")] = 3_000,
+    source: Annotated[str, typer.Option(help="As analytic.source.")] = "auto",
     precision: Annotated[
         str, typer.Option(help="fp32 or bf16, of all gradient training.")
     ] = "fp32",
@@ -107,7 +108,7 @@ def main(
     )
     learning = LearningConfig(
         base=trainer,
-        analytic=AnalyticConfig(num_features=num_features),
+        analytic=AnalyticConfig(num_features=num_features, source=source),
         update=UpdateConfig(
             paths="default",
             frozen_stages=2,
@@ -138,6 +139,9 @@ def main(
             memory_share=memory_share,
             distillation=distillation,
             num_features=num_features,
+            source=source,
+            mirror=mirror,
+            precision=precision,
             seeds=seeds,
             fraction=fraction,
         ),

@@ -126,15 +126,8 @@ class EwcPenalty:
         for index in self._grown:
             rows = len(self._pulls[index])
             now[index], gradients[index] = now[index][:rows], gradients[index][:rows]
-        if now[0].device.type != "cpu":
-            torch._foreach_addcmul_(gradients, now, self._fishers, value=scale)
-            torch._foreach_sub_(gradients, self._pulls)
-            return
-        # One after the other, so that a gradient is still in the cache for its second part.
-        for at, gradient, importance, pull in zip(
-            now, gradients, self._fishers, self._pulls, strict=True
-        ):
-            gradient.addcmul_(at, importance, value=scale).sub_(pull)
+        torch._foreach_addcmul_(gradients, now, self._fishers, value=scale)
+        torch._foreach_sub_(gradients, self._pulls)
 
     def _is_fitted_to(self, held: list[nn.Parameter]) -> bool:
         return len(held) == len(self._fitted_to) and all(

@@ -16,6 +16,7 @@ def make_weights(seed: int, num_classes: int = 3) -> Weights:
     shapes = {
         "stages.0.weight": (4, 2, 3, 3),
         "stages.0.bias": (4,),
+        "stages.1.weight": (300, 4, 8, 8),  # worked on in pieces
         "head.weight": (num_classes, 4),
         "head.bias": (num_classes,),
     }
@@ -37,11 +38,12 @@ def by_autograd(penalty: EwcPenalty, weights: Weights, scale: float) -> dict[str
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_added_gradient_is_that_of_autograd(num_classes, layout):
     penalty, weights = make_penalty(), make_weights(0, num_classes)
-    kernel = weights["stages.0.weight"]
-    kernel.data = kernel.data.contiguous(memory_format=layout)
+    for name in ("stages.0.weight", "stages.1.weight"):
+        weights[name].data = weights[name].data.contiguous(memory_format=layout)
     expected = by_autograd(penalty, weights, 7.0)
     for weight in weights.values():
         weight.grad = torch.ones_like(weight)
+    weights["stages.1.weight"].grad = torch.ones(300, 4, 8, 8)  # whatever the weight's layout
 
     penalty.add_gradient(weights, 7.0)
 
