@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import re
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,10 +44,12 @@ def native_precision() -> Literal["fp32", "bf16"]:
 
 
 def set_up(**more: object) -> dict[str, object]:
-    """When and on what a benchmark ran."""
+    """When, how and on what a benchmark ran; of paths only the file's name is told."""
+    arguments = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "machine": platform.machine(),

@@ -49,7 +49,7 @@ from lifelong_ray.learning.history import History
 from lifelong_ray.scenarios import Scenario, split
 
 AVALANCHE_PYTHON = Path(".venv-avalanche/bin/python")
-_WIDE = 3_000
+_WIDE = 4_000
 _HELD_OUT_SHARE = 0.2
 
 

@@ -25,11 +25,19 @@ Made by `python benchmarks/report.py` from `benchmarks/results/`. Every figure c
 command in this repository, on any `.npz` with `x_train`, `y_train`, `x_test` and `y_test`; seconds
 are of two shared cores, so read ratios within one table and not seconds across them.
 """
+_SCENARIOS = {
+    "class": "Classes arrive a few at a time, and all that were seen compete for every answer.",
+    "domain": "The same few answers are asked for all along; what they stand for comes in parts, "
+    "other classes of the data behind each answer every time.",
+    "task": "Classes arrive a few at a time, and a test image comes with the experience it is "
+    "from, whose classes alone compete.",
+}
 _CONTINUAL = """
-Two classes arrive at a time and are never shown again, but for a hundred remembered images a class
-where a method keeps any. `default` keeps a fifth of these as a hold-out. `analytic` and `datafree`
-keep no image at all. `joint` sees everything at once. Retention is the accuracy on what was known
-before an update, after it, as a share of that before it; the mean over updates.
+{scenario} Training images are never shown again, but for those that a method remembers: as many
+per class as stated below, a fifth of which `default` keeps as a hold-out. `datafree` keeps no image
+at all, and neither do `naive`, `ewc` and `lwf`. `joint` sees everything at once. Retention is the
+accuracy on what was known before an update, after it, as a share of that before it; the mean over
+updates.
 """
 _UPDATE = """
 A version that knows the other classes learns the new ones. `full` trains from nothing on
@@ -59,7 +67,9 @@ def main(
     ):
         path = results / name
         if path.exists():
-            parts.append(f"\n## {title}\n\n{_flat(json.loads(path.read_text(encoding='utf-8')))}\n")
+            report = json.loads(path.read_text(encoding="utf-8"))
+            command = report["setup"].get("command", "")
+            parts.append(f"\n## {title}\n\n    {command}\n\n{_flat(report)}\n")
     (docs / "benchmarks.md").write_text("\n".join(parts), encoding="utf-8")
     print(f"written {docs / 'benchmarks.md'}")
 
@@ -80,7 +90,8 @@ def _continual(path: Path, docs: Path) -> str:
     title = f"{setup['data']}, {setup['scenario']}-incremental, {setup['experiences']} experiences"
     columns = ("method", "final accuracy", "std", "retention", "forgetting", "plasticity")
     return (
-        f"\n## {title}\n{_CONTINUAL}\n{_said(setup)}\n\n"
+        f"\n## {title}\n{_CONTINUAL.format(scenario=_SCENARIOS[setup['scenario']])}\n"
+        f"{_said(setup)}\n\n"
         f"{table([*columns, 'seconds', 'samples'], rows)}\n\n![final accuracy]({picture})\n"
     )
 
@@ -139,9 +150,12 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _said(setup: dict[str, Any]) -> str:
-    facts = ("seeds", "iterations", "memory_per_class", "epochs", "memory_share", "precision")
+    facts = ("seeds", "iterations", "memory_per_class", "epochs", "memory_share", "num_features")
+    facts += ("source", "precision")
     said = ", ".join(f"{key.replace('_', ' ')} {setup[key]}" for key in facts if key in setup)
-    return f"Measured {setup['date']} on {setup['cpus']} cores, torch {setup['torch']}: {said}."
+    how = f"\n\n    {setup['command']}" if "command" in setup else ""
+    where = f"on {setup['cpus']} cores, torch {setup['torch']}"
+    return f"Measured {setup['date']} {where}: {said}.{how}"
 
 
 def _flat(report: dict[str, Any]) -> str:

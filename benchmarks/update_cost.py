@@ -18,6 +18,7 @@ Seconds are those of learning, on one machine in one run; the methods of one see
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,8 +55,9 @@ from lifelong_ray.learning.model import in_chunks
 from lifelong_ray.scenarios import grow
 
 _HELD_OUT_SHARE = 0.05
-_TRIAL_STEPS = (4, 24)
+_TRIAL_STEPS = (20, 140)
 _SAFETY = 0.95
+_CHEAPEST_STEP = 0.2
 _FEWEST_STEPS = 20
 _KEYS = ("accuracy", "old_accuracy", "new_accuracy", "retention", "retention_within_old")
 
@@ -79,6 +81,10 @@ def main(
     ] = "0.05,0.1,0.2",
     num_features: Annotated[int, typer.Option(help="Of the analytic head.")] = 3_000,
     source: Annotated[str, typer.Option(help="As analytic.source.")] = "auto",
+    class_balance: Annotated[float, typer.Option(help="As analytic.class_balance.")] = 0.0,
+    shots: Annotated[
+        int, typer.Option(help="Images of each new class that there are; 0 means all.")
+    ] = 0,
     precision: Annotated[
         str, typer.Option(help="fp32 or bf16, of all gradient training.")
     ] = "fp32",
@@ -108,7 +114,9 @@ def main(
     )
     learning = LearningConfig(
         base=trainer,
-        analytic=AnalyticConfig(num_features=num_features, source=source),
+        analytic=AnalyticConfig(
+            num_features=num_features, source=source, class_balance=class_balance
+        ),
         update=UpdateConfig(
             paths="default",
             frozen_stages=2,
@@ -121,7 +129,7 @@ def main(
     shares = tuple(float(part) for part in budgets.split(","))
     runs: dict[str, list[dict[str, Any]]] = {}
     for seed in range(seeds):
-        work = _Seed(scenario, config, learning.model_copy(update={"seed": seed}), seed)
+        work = _Seed(scenario, config, learning.model_copy(update={"seed": seed}), seed, shots)
         for name, figures in work.methods(shares):
             runs.setdefault(name, []).append(figures)
             print(
@@ -140,6 +148,8 @@ def main(
             distillation=distillation,
             num_features=num_features,
             source=source,
+            class_balance=class_balance,
+            shots=shots,
             mirror=mirror,
             precision=precision,
             seeds=seeds,
@@ -154,7 +164,14 @@ def main(
 class _Seed:
     """One seed: its base version, and every method's way on from there."""
 
-    def __init__(self, scenario: Any, config: ModelConfig, learning: LearningConfig, seed: int):
+    def __init__(
+        self,
+        scenario: Any,
+        config: ModelConfig,
+        learning: LearningConfig,
+        seed: int,
+        shots: int = 0,
+    ) -> None:
         first, second = scenario.experiences
         self._names = scenario.class_names
         self._num_old = len(first.classes)
@@ -162,7 +179,8 @@ class _Seed:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._run = Run(clock=time.perf_counter, device=device)
         old, old_held = _set_aside(as_tensors(first.train_images, first.train_labels), seed)
-        new, new_held = _set_aside(as_tensors(second.train_images, second.train_labels), seed)
+        new = as_tensors(second.train_images, second.train_labels)
+        new, new_held = _set_aside(_few(new, shots, seed) if shots else new, seed)
         self._old, self._new, self._held = old, new, _joined(old_held, new_held)
         self._all = _joined(old, new)
         self._tests = _joined(
@@ -175,7 +193,7 @@ class _Seed:
         is_old = self._tests[1] < self._num_old
         before = self._base.logits(self._tests[0][is_old])
         self._before = evaluate(before, self._tests[1][is_old]).accuracy
-        self._full_seconds = 0.0
+        self._full_seconds, self._full_steps = 0.0, 1
 
     def methods(self, shares: tuple[float, ...]) -> Any:
         """Yield every method's name and figures, full first."""
@@ -202,6 +220,8 @@ class _Seed:
         )
         fit = fit_base(self._all, self._names, self._config, plain, self._run)
         self._full_seconds = fit.report.train_seconds
+        batch = self._learning.base.batch_size
+        self._full_steps = self._learning.base.epochs * math.ceil(len(self._all[1]) / batch)
         return self._figures(
             fit.learner.logits,
             fit.report.train_seconds,
@@ -240,7 +260,10 @@ class _Seed:
         """
         budget_s = share * self._full_seconds
         few, more = (self._with_steps(steps)["seconds"] for steps in _TRIAL_STEPS)
-        per_step_s = max((more - few) / (_TRIAL_STEPS[1] - _TRIAL_STEPS[0]), 1e-4)
+        # On a noisy machine the difference may be anything; a step of an update is never much
+        # cheaper than one of full retraining.
+        least_s = _CHEAPEST_STEP * self._full_seconds / self._full_steps
+        per_step_s = max((more - few) / (_TRIAL_STEPS[1] - _TRIAL_STEPS[0]), least_s)
         steps = int(_TRIAL_STEPS[0] + (_SAFETY * budget_s - few) / per_step_s)
         if steps < _FEWEST_STEPS:
             learning = _with_update(self._learning, paths="fast")
@@ -286,6 +309,14 @@ class _Seed:
             "retention_within_old": within / self._before,
             "calibration_error": judged.calibration_error,
         }
+
+
+def _few(examples: Labelled, shots: int, seed: int) -> Labelled:
+    """That many examples of each class, drawn at random."""
+    images, labels = examples
+    order = torch.randperm(len(labels), generator=generator_for(seed, "shots"))
+    kept = torch.cat([order[labels[order] == c][:shots] for c in labels.unique().tolist()])
+    return images[kept], labels[kept]
 
 
 def _set_aside(examples: Labelled, seed: int) -> tuple[Labelled, Labelled]:

@@ -126,55 +126,6 @@ def make_head(
 
 
 @torch.no_grad()
-def imprint(head: GrowingHead, first_row: int, features_ND: Tensor, labels_N: Tensor) -> None:
-    """Point the rows from `first_row` on at the mean direction of their class.
-
-    A good place to start training from, and with a handful of examples a usable classifier
-    by itself. Rows without examples, and all before `first_row`, stay as they are, to the bit.
-
-    In a cosine head the row becomes the mean of the normalised features, normalised again. The
-    paper has only such heads. In a linear one the same direction gets the mean length of the
-    rows before `first_row` (of all rows where there are none before), so that it speaks as
-    loudly as they do. Its bias sets how often it wins: the gap is the new logit minus the
-    highest old one, and the bias makes the mean gap 0 over the class's own examples, a toss-up
-    that training may settle either way. If examples of old classes are given too, the
-    bias puts 0 midway between their mean gap and that of the class. Without old rows
-    there is nothing to measure against, and the bias becomes 0.
-
-    Args:
-        head: Changed in place.
-        first_row: Classes before it are the old ones.
-        features_ND: Backbone features of examples.
-        labels_N: Their classes.
-
-    Raises:
-        ValueError: If `first_row` or a label is no row of the head.
-
-    Source: Qi et al. 2018, arXiv:1712.07136, section 3.2.
-    """
-    _check_rows(head, first_row, labels_N)
-    old_rows = head.weight[:first_row] if first_row else head.weight
-    length = old_rows.norm(dim=1).mean()
-    is_old_N = labels_N < first_row
-    best_old_N = head(features_ND)[:, :first_row].amax(1) if first_row else None
-    directions_ND = F.normalize(features_ND)
-    for row in torch.unique(labels_N[~is_old_N]).tolist():
-        is_own_N = labels_N == row
-        direction_D = F.normalize(directions_ND[is_own_N].mean(0), dim=0)
-        if isinstance(head, GrowingCosine):
-            head.weight[row] = direction_D
-            continue
-        head.weight[row] = length * direction_D
-        head.bias[row] = 0.0
-        if best_old_N is not None:
-            gap_N = features_ND @ head.weight[row] - best_old_N
-            threshold = gap_N[is_own_N].mean()
-            if is_old_N.any():
-                threshold = (threshold + gap_N[is_old_N].mean()) / 2
-            head.bias[row] = -threshold
-
-
-@torch.no_grad()
 def align_new_rows(head: GrowingHead, num_old: int) -> float:
     """Scale the new classes' rows so that their mean length is that of the old ones' rows.
 
@@ -214,16 +165,6 @@ def align_new_rows(head: GrowingHead, num_old: int) -> float:
     head.weight[num_old:] *= factor
     head.bias[num_old:] *= factor
     return float(factor)
-
-
-def _check_rows(head: GrowingHead, first_row: int, labels_N: Tensor) -> None:
-    if not 0 <= first_row <= head.out_features:
-        raise ValueError(f"first_row is {first_row}, but the head has {head.out_features} rows")
-    if len(labels_N) and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < head.out_features:
-        raise ValueError(
-            f"labels run from {int(labels_N.min())} to {int(labels_N.max())}, but the head has "
-            f"{head.out_features} rows; grow it first"
-        )
 
 
 def _rows_of(blocks: tuple[int, ...]) -> list[slice]:

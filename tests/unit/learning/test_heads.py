@@ -11,7 +11,6 @@ from lifelong_ray.learning.heads import (
     GrowingCosine,
     GrowingLinear,
     align_new_rows,
-    imprint,
     make_head,
 )
 
@@ -133,117 +132,6 @@ def test_a_head_is_made_by_its_kind():
         make_head("round", 4, (2,))
 
 
-# ---------------------------------------------------------------- imprinting
-
-FEATURES = torch.randn(30, 5, generator=generator(3)).abs()
-LABELS = torch.arange(30) % 5  # 0 to 2 are old, 3 and 4 new
-
-
-def mean_direction(features):
-    mean = sum(feature / feature.norm() for feature in features.double()) / len(features)
-    return mean / mean.norm()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_imprinted_rows_point_at_the_mean_direction_of_their_class(kind):
-    head = head_of(kind, 3, 2)
-
-    imprint(head, 3, FEATURES, LABELS)
-
-    for row in (3, 4):
-        direction = head.weight[row].double() / head.weight[row].double().norm()
-        torch.testing.assert_close(
-            direction, mean_direction(FEATURES[row == LABELS]), atol=1e-6, rtol=0
-        )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_imprinting_leaves_old_rows_and_rows_without_examples_as_they_are(kind):
-    head = head_of(kind, 3, 2)
-    before = {name: value.clone() for name, value in head.state_dict().items()}
-    seen = LABELS != 4
-
-    imprint(head, 3, FEATURES[seen], LABELS[seen])
-
-    untouched = [0, 1, 2, 4]
-    assert torch.equal(head.weight[untouched], before["weight"][untouched])
-    assert not torch.equal(head.weight[3], before["weight"][3])
-    if kind == "linear":
-        assert torch.equal(head.bias[untouched], before["bias"][untouched])
-    else:
-        assert torch.equal(head.scale, before["scale"])
-
-
-def test_imprinted_linear_rows_are_as_long_as_old_ones_are_on_average():
-    head = head_of("linear", 3, 2)
-    length = head.weight[:3].norm(dim=1).mean()
-
-    imprint(head, 3, FEATURES, LABELS)
-
-    torch.testing.assert_close(head.weight[3:].norm(dim=1), length.expand(2))
-
-
-def test_without_old_examples_an_imprinted_class_ties_with_the_best_old_one_on_average():
-    head = head_of("linear", 3, 2)
-    new = LABELS >= 3
-
-    imprint(head, 3, FEATURES[new], LABELS[new])
-
-    for row in (3, 4):
-        logits = head(FEATURES[row == LABELS])
-        gap = logits[:, row] - logits[:, :3].amax(1)
-        assert abs(gap.mean()) < 1e-5
-
-
-def test_with_old_examples_the_boundary_lies_midway():
-    head = head_of("linear", 3, 2)
-
-    imprint(head, 3, FEATURES, LABELS)
-
-    logits = head(FEATURES)
-    for row in (3, 4):
-        gap = logits[:, row] - logits[:, :3].amax(1)
-        own, others = gap[row == LABELS].mean(), gap[LABELS < 3].mean()
-        assert abs(own + others) < 1e-5
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_imprinted_head_tells_well_separated_classes_apart(kind):
-    centres = 8 * torch.eye(5)
-    features = centres[LABELS] + torch.randn(30, 5, generator=generator())
-    head = head_of(kind, 3, 2)
-    imprint(head, 0, features, LABELS)
-
-    imprint(head, 3, features, LABELS)
-
-    assert torch.equal(head(features).argmax(1), LABELS)
-
-
-def test_imprinting_all_rows_of_a_linear_head_keeps_their_mean_length_and_clears_the_bias():
-    head = head_of("linear", 5)
-    length = head.weight.norm(dim=1).mean()
-
-    imprint(head, 0, FEATURES, LABELS)
-
-    torch.testing.assert_close(head.weight.norm(dim=1), length.expand(5))
-    assert torch.count_nonzero(head.bias) == 0
-
-
-@pytest.mark.parametrize(
-    ("first_row", "labels", "words"),
-    [
-        (6, [0], "first_row is 6, but the head has 5 rows"),
-        (3, [3, 5], "run from 3 to 5, but the head has 5 rows"),
-        (3, [-1, 3], "run from -1 to 3"),
-    ],
-)
-def test_imprinting_rows_that_do_not_exist_is_refused(first_row, labels, words):
-    head = head_of("linear", 3, 2)
-
-    with pytest.raises(ValueError, match=words):
-        imprint(head, first_row, torch.ones(len(labels), 5), torch.tensor(labels))
-
-
 # ---------------------------------------------------------------- alignment
 
 
@@ -261,12 +149,13 @@ def test_aligned_rows_have_the_mean_length_of_the_old_ones():
 
 def test_alignment_scales_new_logits_and_leaves_old_ones_to_the_bit():
     head = head_of("linear", 3, 4)
-    before = head(FEATURES)
+    features = torch.randn(30, 5, generator=generator(3)).abs()
+    before = head(features)
     rows, biases = head.weight[:3].clone(), head.bias[:3].clone()
 
     factor = align_new_rows(head, 3)
 
-    after = head(FEATURES)
+    after = head(features)
     assert torch.equal(after[:, :3], before[:, :3])
     assert torch.equal(head.weight[:3], rows)
     assert torch.equal(head.bias[:3], biases)
