@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -88,13 +88,14 @@ class Aim:
         figure: Key in the figures.
         bound: In words, for the table.
         met: Whether this run shows it.
-        always: Whether it holds for any data; the others are for the default data and pace.
+        required: Where a run that does not show it has failed: on any data, on the default
+            data and pace, or nowhere, since it hangs on what else the machine does.
     """
 
     figure: str
     bound: str
     met: bool
-    always: bool = False
+    required: Literal["always", "by default", "never"] = "by default"
 
 
 def aims(figures: Mapping[str, Any]) -> tuple[Aim, ...]:
@@ -103,16 +104,16 @@ def aims(figures: Mapping[str, Any]) -> tuple[Aim, ...]:
     return (
         Aim("retention", "≥ 0.95", f["retention"] >= 0.95),
         Aim("new_class_accuracy", "≥ 0.90", f["new_class_accuracy"] >= 0.9),
-        Aim("cost_share", "≤ 0.2", f["cost_share"] <= 0.2),
+        Aim("cost_share", "≤ 0.2", f["cost_share"] <= 0.2, required="never"),
         Aim("cost_share_samples", "≤ 0.3", f["cost_share_samples"] <= 0.3),
-        Aim("wall_seconds", "< 300", f["wall_seconds"] < 300),
+        Aim("wall_seconds", "< 300", f["wall_seconds"] < 300, required="never"),
         Aim("promoted_version", "the update", f["promoted_version"] == f["candidate_version"]),
-        Aim("requests_failed", "0", f["requests_failed"] == 0, always=True),
+        Aim("requests_failed", "0", f["requests_failed"] == 0, required="always"),
         Aim(
             "bad_candidate_outcome",
             "aborted",
             f["bad_candidate_outcome"] == "aborted",
-            always=True,
+            required="always",
         ),
     )
 
