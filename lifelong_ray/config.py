@@ -212,7 +212,7 @@ class ReplayConfig(_Branch):
         description="features keeps no image, only what the frozen stages make of one.",
     )
     share: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
-        0.15,
+        0.25,
         description="Least share of every update batch that comes from memory; 0 replays none; "
         "auto: the share of old examples among all that were seen, at most three quarters.",
     )

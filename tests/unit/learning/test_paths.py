@@ -254,7 +254,7 @@ def test_without_memory_the_slow_path_goes_on_from_the_old_sums(base, new_exampl
     with caplog.at_level(logging.WARNING):
         learner = slow(parent, new_examples, config).learner
 
-    assert "replay.share 0.15 has no effect" in caplog.text
+    assert "replay.share 0.25 has no effect" in caplog.text
     assert learner.model.active_head == "linear"
     assert learner.sums.counts.tolist() == [17] * 4 + [5] * 2
 
