@@ -89,7 +89,8 @@ class Aim:
         bound: In words, for the table.
         met: Whether this run shows it.
         required: Where a run that does not show it has failed: on any data, on the default
-            data and pace, or nowhere, since it hangs on what else the machine does.
+            data and pace, or nowhere, since it hangs on the machine or on when retraining
+            happens to be at its best.
     """
 
     figure: str
@@ -105,7 +106,7 @@ def aims(figures: Mapping[str, Any]) -> tuple[Aim, ...]:
         Aim("retention", "≥ 0.95", f["retention"] >= 0.95),
         Aim("new_class_accuracy", "≥ 0.90", f["new_class_accuracy"] >= 0.9),
         Aim("cost_share", "≤ 0.2", f["cost_share"] <= 0.2, required="never"),
-        Aim("cost_share_samples", "≤ 0.3", f["cost_share_samples"] <= 0.3),
+        Aim("cost_share_samples", "≤ 0.3", f["cost_share_samples"] <= 0.3, required="never"),
         Aim("wall_seconds", "< 300", f["wall_seconds"] < 300, required="never"),
         Aim("promoted_version", "the update", f["promoted_version"] == f["candidate_version"]),
         Aim("requests_failed", "0", f["requests_failed"] == 0, required="always"),
