@@ -51,7 +51,7 @@ def test_the_update_is_released_by_itself_and_keeps_what_was_known(report: dict[
     assert report["base_version"] == "v1"
     assert report["promoted_version"] == "v1.1"
     assert report["retention"] >= 0.95
-    assert report["new_class_accuracy"] >= 0.7  # Of few examples: the short form has little traffic.
+    assert report["new_class_accuracy"] >= 0.7  # The short form has few examples.
     assert report["drifted_old_class_accuracy_after"] > report["drifted_old_class_accuracy_before"]
 
 
