@@ -73,13 +73,13 @@ def fit_fast(
     model.active_head = "analytic"
     train_seconds = watch.lap()
 
-    score = None
+    answering = None
     if validation is not None:
         seen = look(model, Inputs(validation[0]))
         answering = choose_answering(
             model, seen, validation[1], prefer="analytic", among=("analytic",)
         )
-        temperature, score = answering.temperature, answering.accuracy
+        temperature = answering.temperature
     else:
         temperature = _left_out_temperature(model, parent, inputs, labels, sums, ridge)
     model.to("cpu")
@@ -106,10 +106,10 @@ def fit_fast(
         train_seconds=train_seconds,
         extra_seconds=watch.lap(),
         epochs=(),
-        validation_accuracy=score,
+        validation_accuracy=answering.accuracy if answering else None,
         choices={"head": "analytic", "ridge": ridge},
     )
-    return Fit(learner, report)
+    return Fit(learner, report, answering.right if answering else None)
 
 
 def grown(parent: Learner, num_classes: int, seed: int) -> Classifier:

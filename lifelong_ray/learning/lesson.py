@@ -68,10 +68,17 @@ class FitReport:
 
 @dataclass(frozen=True)
 class Fit:
-    """A new learner and how it came about."""
+    """A new learner and how it came about.
+
+    Attributes:
+        learner: The result.
+        report: What was done.
+        right: Which validation examples it answers rightly, (N,) bool; None without validation data.
+    """
 
     learner: Learner
     report: FitReport
+    right: Tensor | None = None
 
 
 class Stopwatch:

@@ -137,7 +137,7 @@ def fit_slow(
         validation_accuracy=None if validation is None else answering.accuracy,
         choices=_choices(learner, trained, depth, expand=expand),
     )
-    return Fit(learner, report)
+    return Fit(learner, report, answering.right)
 
 
 def _train(

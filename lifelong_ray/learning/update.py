@@ -88,7 +88,7 @@ def fit_update(
             parent, training, class_names, config, again, validation=validation, expand=True
         )
         reason += f"; learning.update.expansion is {expansion}"
-    best = _best(fits, validation)
+    best = _best(fits)
     if config.update.paths == "default" and _reached(fits) is not None:
         losses = parent.slow_losses + 1 if best == "fast" else 0
         rest = 2 ** (losses - 1) if losses else 0
@@ -107,15 +107,20 @@ def _reached(fits: dict[str, Fit]) -> float | None:
     return max(known, default=None)
 
 
-def _best(fits: dict[str, Fit], validation: Labelled | None) -> str:
-    """The first result, unless a later one is clearly better."""
+def _best(fits: dict[str, Fit]) -> str:
+    """The first result, unless a later one shows that it is better.
+
+    Clearly better, if its sums are no longer those of all examples: later updates pay for
+    that. Where nothing is lost by it, the higher accuracy decides.
+    """
     best = next(iter(fits))
-    if validation is None:
-        return best  # Nothing shows that gradients did better.
-    images, labels = validation
-    rights = {name: fit.learner.logits(images).argmax(1) == labels for name, fit in fits.items()}
-    for name in fits:
-        if clearly_better(rights[name], rights[best]):
+    for name, fit in fits.items():
+        mine, kept = fit.right, fits[best].right
+        if mine is None or kept is None:
+            return best  # Nothing shows that gradients did better.
+        loses_nothing = fit.learner.sums_exact
+        higher = int(mine.sum()) > int(kept.sum())
+        if clearly_better(mine, kept) or (loses_nothing and higher):
             best = name
     return best
 

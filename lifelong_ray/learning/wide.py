@@ -237,6 +237,7 @@ class Answering:
         temperature: For its logits.
         analytic_weight: Of the analytic head where both answer.
         sharpness: Of the analytic head.
+        right: Which of the examples are answered rightly, (N,) bool; None where there were none.
     """
 
     head: Head
@@ -244,6 +245,7 @@ class Answering:
     temperature: float
     analytic_weight: float
     sharpness: float
+    right: Tensor | None = None
 
 
 @torch.no_grad()
@@ -282,6 +284,7 @@ def choose_answering(
         fit_temperature(logits_NC, labels_N),
         weight,
         sharpness,
+        rights[kept],
     )
     model.active_head = best.head
     model.analytic_weight = best.analytic_weight

@@ -142,6 +142,35 @@ def test_a_slow_way_that_is_clearly_better_is_chosen_and_clears_the_record(base)
     assert update.chosen.learner.slow_rest == 0
 
 
+@pytest.mark.parametrize(
+    ("sums_exact", "expected"),
+    [(True, "slow"), (False, "fast")],
+    ids=["whose sums stay exact is chosen", "that loses sums is not"],
+)
+def test_a_slow_way_better_by_one_example(
+    base, new_examples, out_of_reach, monkeypatch, sums_exact, expected
+):
+    fast = updated(base.learner, new_examples, NEVER_ENOUGH, out_of_reach).fits["fast"]
+    assert fast.right is not None
+    one_more = fast.right.clone()
+    one_more[int((~fast.right).nonzero()[0])] = True
+    slow = Fit(replace(fast.learner, sums_exact=sums_exact), fast.report, one_more)
+    monkeypatch.setattr("lifelong_ray.learning.update.fit_slow", lambda *_, **__: slow)
+
+    update = updated(base.learner, new_examples, NEVER_ENOUGH, out_of_reach)
+
+    assert update.best == expected
+
+
+def test_what_a_fit_got_right_is_what_its_learner_answers(base, new_examples, out_of_reach):
+    update = updated(base.learner, new_examples, NEVER_ENOUGH, out_of_reach)
+
+    images, labels = out_of_reach
+    for fit in update.fits.values():
+        assert fit.right is not None
+        assert torch.equal(fit.right, fit.learner.logits(images).argmax(1) == labels)
+
+
 def test_without_validation_both_are_tried_and_the_fast_one_is_kept(base, new_examples):
     update = updated(base.learner, new_examples, validation=None)
 
