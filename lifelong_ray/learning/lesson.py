@@ -73,7 +73,7 @@ class Fit:
     Attributes:
         learner: The result.
         report: What was done.
-        right: Which validation examples it answers rightly, (N,) bool; None without validation data.
+        right: Which validation examples it answers rightly, bool (N,); None without any.
     """
 
     learner: Learner
