@@ -32,6 +32,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("all test images: after the update", "all_accuracy_after", ""),
     ("all test images: full retraining", "full_retrain_accuracy", ""),
     ("update, CPU seconds of learning", "incremental_seconds", ""),
+    ("the same, measured beside the traffic", "incremental_seconds_beside_traffic", ""),
     ("full retraining, CPU seconds of learning", "full_retrain_seconds", ""),
     ("cost share in seconds", "cost_share", "at most 0.2"),
     (

@@ -77,7 +77,6 @@ def _measure(
 ) -> dict[str, Any]:
     config = MODELS[name]
     model = build_model(config, _NUM_CLASSES, seed=0).to(device)
-    model.to(memory_format=torch.channels_last)
     model.train()
     generator = torch.Generator().manual_seed(0)
     shape = (batch, config.channels, config.image_size, config.image_size)

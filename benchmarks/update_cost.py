@@ -81,7 +81,7 @@ def main(
     ] = "0.05,0.1,0.2",
     num_features: Annotated[int, typer.Option(help="Of the analytic head.")] = 3_000,
     source: Annotated[str, typer.Option(help="As analytic.source.")] = "auto",
-    class_balance: Annotated[float, typer.Option(help="As analytic.class_balance.")] = 0.0,
+    class_balance: Annotated[float, typer.Option(help="As analytic.class_balance.")] = 0.5,
     shots: Annotated[
         int, typer.Option(help="Images of each new class that there are; 0 means all.")
     ] = 0,

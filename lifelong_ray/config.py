@@ -242,7 +242,9 @@ class AnalyticConfig(_Branch):
         "generalised cross-validation.",
     )
     class_balance: Share = Field(
-        0.0, description="0 weighs every example alike, 1 every class alike."
+        0.5,
+        description="0 weighs every example alike, 1 every class alike. Between them a class of "
+        "few examples is heard without drowning out the rest.",
     )
     decay: Share = Field(
         1.0, description="What is left of older sums at every update; below 1 forgets on purpose."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def _draw_shares(figure: Figure, story: Story) -> None:
     times: list[float] = []
     shares = []
     for version in versions:
-        times, share = _rolling(answered, lambda r, v=version: float(r.version == v))  # type: ignore[misc]
+        times, share = _rolling(answered, partial(_is_by, version))
         shares.append(share)
     axes.stackplot(
         np.array(times) - start_s,
@@ -154,17 +155,18 @@ def _draw_shares(figure: Figure, story: Story) -> None:
 
 def _draw_cost(figure: Figure, story: Story) -> None:
     f = story.figures
-    parts = [("fast", f["fast_path"]), ("slow", f["slow_path"])]
+    samples = {
+        name: f[f"{name}_path"]["samples_seen"] for name in ("fast", "slow") if f[f"{name}_path"]
+    }
     left, middle, right = figure.subplots(1, 3)
-    for axes, unit, key, total in (
-        (left, "seconds", "seconds", f["full_retrain_seconds"]),
-        (middle, "samples seen", "samples_seen", f["full_retrain_samples_seen"]),
+    for axes, unit, parts, total in (
+        (left, "CPU seconds", f["path_seconds"], f["full_retrain_seconds"]),
+        (middle, "samples seen", samples, f["full_retrain_samples_seen"]),
     ):
         bottom = 0.0
-        for (name, part), colour in zip(parts, _COLOURS[2:], strict=False):
-            if part is not None:
-                axes.bar("update", part[key], bottom=bottom, color=colour, label=f"{name} path")
-                bottom += part[key]
+        for (name, part), colour in zip(parts.items(), _COLOURS[2:], strict=False):
+            axes.bar("update", part, bottom=bottom, color=colour, label=f"{name} path")
+            bottom += part
         axes.bar("full retraining", total, color=_COLOURS[0])
         axes.text(0, bottom, f"{100 * bottom / total:.0f} %", ha="center", va="bottom")
         axes.set_ylabel(unit)
@@ -184,6 +186,10 @@ def _draw_cost(figure: Figure, story: Story) -> None:
     right.set_ylabel("test accuracy")
     right.legend(loc="lower left")
     figure.suptitle("What the update cost and what it gave")
+
+
+def _is_by(version: str, request: SentRequest) -> float:
+    return float(request.version == version)
 
 
 def _rolling(

@@ -251,9 +251,9 @@ class AnalyticSums:
         Args:
             ridge: Regularisation, as a share of the mean squared feature's sum: the mean of
                 the Gram matrix's diagonal.
-            class_balance: Power b of the mean mode's count over a mode's own, by which its
-                target is multiplied: 0 weighs every example alike, 1 lifts rare modes as if
-                they were as frequent. One Gram matrix over all examples allows no other
+            class_balance: Power b of the mean class's count over a class's own, by which its
+                targets are multiplied: 0 weighs every example alike, 1 lifts rare classes as
+                if they were as frequent. One Gram matrix over all examples allows no other
                 weighting afterwards; it is that of discriminant analysis with one pooled
                 covariance and chosen priors.
             dtype: Of the result; the computation is in float64.
@@ -261,7 +261,7 @@ class AnalyticSums:
         Raises:
             LearningError: If the sums are not finite or the system cannot be solved.
         """
-        targets_MK = self.class_sums * _target_scales(self.counts, class_balance)
+        targets_MK = self.class_sums * self._target_scales(class_balance)
         solution: Tensor = torch.cholesky_solve(targets_MK, self._factor(ridge))
         if not _all_finite(solution):
             raise _no_solution(ridge)
@@ -345,7 +345,7 @@ class AnalyticSums:
         eq. 7.64.
         """
         factor = self._factor(ridge)
-        scale_K = _target_scales(self.counts, class_balance)
+        scale_K = self._target_scales(class_balance)
         weights_MK = torch.cholesky_solve(self.class_sums * scale_K, factor)
         parts = []
         for first in range(0, len(features_NM), _FLOAT_ROWS):
@@ -358,6 +358,9 @@ class AnalyticSums:
             left_out_NK = x_NM @ weights_MK - leverage_N[:, None] * own_NK
             parts.append(left_out_NK / (1 - leverage_N)[:, None])
         return torch.cat(parts) if parts else scale_K.new_zeros(0, self.num_modes)
+
+    def _target_scales(self, class_balance: float) -> Tensor:
+        return _target_scales(self.counts, self.mode_class, class_balance)
 
     def _same_modes(
         self, features_NM: Tensor, modes_N: Tensor, weights_N: Tensor | None
@@ -503,7 +506,8 @@ class LiveHead:
 
     def solution(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the head's weights (M, K), as `AnalyticSums.solve` does."""
-        return (self.weights * _target_scales(self.counts, self.class_balance)).to(dtype)
+        scale_K = _target_scales(self.counts, self.mode_class, self.class_balance)
+        return (self.weights * scale_K).to(dtype)
 
 
 def class_scores(
@@ -613,13 +617,19 @@ def _float_sums(
     return gram, sums_MK
 
 
-def _target_scales(counts_K: Tensor, class_balance: float) -> Tensor:
-    """What the target of each mode is multiplied by, (K,); one for modes without examples."""
-    present_K = counts_K > 0
-    if not class_balance or not bool(present_K.any()):
+def _target_scales(counts_K: Tensor, mode_class_K: Tensor, class_balance: float) -> Tensor:
+    """What the target of each mode is multiplied by, (K,); one for classes without examples.
+
+    The modes of a class share one scale: rare is said of classes, not of appearances.
+    """
+    counts_C = counts_K.new_zeros(int(mode_class_K.max()) + 1) if len(counts_K) else counts_K
+    counts_C = counts_C.index_add(0, mode_class_K, counts_K)
+    present_C = counts_C > 0
+    if not class_balance or not bool(present_C.any()):
         return torch.ones_like(counts_K)
-    relative_K = counts_K[present_K].mean() / counts_K.clamp(min=1e-12)
-    return torch.where(present_K, relative_K**class_balance, torch.ones_like(counts_K))
+    relative_C = counts_C[present_C].mean() / counts_C.clamp(min=1e-12)
+    scale_C = torch.where(present_C, relative_C**class_balance, torch.ones_like(counts_C))
+    return scale_C[mode_class_K]
 
 
 def _inverse_trace(factor: Tensor) -> float:

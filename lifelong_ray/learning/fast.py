@@ -81,7 +81,9 @@ def fit_fast(
         )
         temperature = answering.temperature
     else:
-        temperature = _left_out_temperature(model, parent, inputs, labels, sums, ridge)
+        temperature = _left_out_temperature(
+            model, parent, inputs, labels, sums, ridge, config.analytic.class_balance
+        )
     model.to("cpu")
     update = parent.num_updates + 1
     learner = Learner(
@@ -148,6 +150,7 @@ def _left_out_temperature(
     labels: Tensor,
     sums: AnalyticSums,
     ridge: float,
+    class_balance: float,
 ) -> float:
     """Calibrate on remembered and new examples, each judged by a head that never had it."""
     memory = parent.memory
@@ -163,7 +166,11 @@ def _left_out_temperature(
             both_N = torch.cat([memory.labels, both_N])
             stands_for_N = torch.cat([memory.weights(), stands_for_N])
     left_out_NK = sums.left_out_scores(
-        features_NM, sums.newest_modes[both_N], torch.ones_like(stands_for_N), ridge
+        features_NM,
+        sums.newest_modes[both_N],
+        torch.ones_like(stands_for_N),
+        ridge,
+        class_balance,
     )
     left_out_NC = model.analytic.together(left_out_NK, model.num_classes)
     return fit_temperature(left_out_NC, both_N, stands_for_N)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lifelong_ray.config import LearningConfig, ModelConfig
@@ -125,7 +124,7 @@ def fit_base(
         seed=config.seed,
     )
     means_CD = class_means(model, inputs, labels, len(names), config)
-    model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # not in stubs
+    model.to("cpu")
     learner = Learner(
         model=model,
         class_names=names,

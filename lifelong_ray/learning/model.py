@@ -162,6 +162,9 @@ class Classifier(nn.Module):
         modes = range(shape.num_classes) if shape.mode_class is None else shape.mode_class
         self.analytic = AnalyticHead(shape.source, 0, shape.num_random_features, list(modes))
         self.analytic.widening = RandomFeatures(sum(self.wide_blocks()), shape.num_random_features)
+        # How convolutions are fastest, in training and in answering: twice as fast on CPUs, and
+        # what tensor cores want.
+        self.to(memory_format=torch.channels_last)
 
     @property
     def shape(self) -> Shape:

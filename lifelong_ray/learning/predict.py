@@ -39,16 +39,12 @@ class Predictor:
         learner: Learner,
         device: str = "cpu",
         precision: Literal["fp32", "bf16"] = "fp32",
-        *,
-        channels_last: bool = False,
     ) -> None:
         self.class_names = learner.class_names
         self._device = torch.device(device)
         self._precision = precision
         self._temperature = learner.temperature
         self._model = learner.model.copy().to(self._device).eval().requires_grad_(False)
-        if channels_last:
-            self._model = self._model.to(memory_format=torch.channels_last)
         config = learner.model_config
         self._shape = (config.channels, config.image_size, config.image_size)
 

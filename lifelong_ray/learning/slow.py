@@ -37,7 +37,7 @@ from lifelong_ray.learning.terms import (
     update_terms,
     warn_of_forgetting,
 )
-from lifelong_ray.learning.trainer import Rivals, TrainReport, as_trained, train
+from lifelong_ray.learning.trainer import Rivals, TrainReport, train
 from lifelong_ray.learning.wide import (
     Answering,
     Inputs,
@@ -97,7 +97,7 @@ def fit_slow(
             "nothing is remembered, so replay.share %s has no effect", update.replay.share
         )
     depth = _depth(parent, training, names, config, run, validation)
-    model = as_trained(grown(parent, len(names), config.seed)).to(run.device)
+    model = grown(parent, len(names), config.seed).to(run.device)
     model.freeze_stages(depth)
     if expand:
         depth = min(depth, len(model.stages) - 1)
@@ -122,7 +122,15 @@ def fit_slow(
     if not update.pseudo_features:
         stands_for_N[num_new:] = memory.weights()
     answering = _choose(
-        model, inputs, labels, stands_for_N, sums, ridge, validation, outdated=outdated
+        model,
+        inputs,
+        labels,
+        stands_for_N,
+        sums,
+        ridge,
+        config.analytic.class_balance,
+        validation,
+        outdated=outdated,
     )
     learner = _remembering(
         parent, model, training, names, config, run, inputs[:num_new], sums, ridge, answering
@@ -208,7 +216,7 @@ def _remembering(
         parent.memory, model, images, labels, config.update, seed=config.seed, update=number
     )
     means_CD = class_means_after(parent, model, new_inputs, labels, config)
-    model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # not in stubs
+    model.to("cpu")
     fisher, anchor = accumulated(parent, model, newer, len(labels), config)
     return Learner(
         model=model,
@@ -257,7 +265,7 @@ def _depth(
     trial = config.model_copy(update={"update": briefly})
     alone = replace(run, resume=None, on_epoch=None)  # Checkpoints are of the real training.
     for depth in range(num_stages, -1, -1):
-        model = as_trained(grown(parent, len(names), config.seed)).to(run.device)
+        model = grown(parent, len(names), config.seed).to(run.device)
         model.freeze_stages(depth)
         _train(parent, model, training, depth, trial, alone)
         model.eval()
@@ -497,6 +505,7 @@ def _choose(
     stands_for_N: Tensor,
     sums: AnalyticSums,
     ridge: float,
+    class_balance: float,
     validation: Labelled | None,
     *,
     outdated: bool,
@@ -518,7 +527,7 @@ def _choose(
     model.active_head = "analytic"
     features_NM = random_features(model, inputs)
     left_out_NK = sums.left_out_scores(
-        features_NM, sums.newest_modes[labels], torch.ones(len(labels)), ridge
+        features_NM, sums.newest_modes[labels], torch.ones(len(labels)), ridge, class_balance
     )
     left_out_NC = model.analytic.together(left_out_NK, model.num_classes)
     temperature = fit_temperature(left_out_NC, labels, stands_for_N)

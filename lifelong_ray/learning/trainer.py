@@ -189,7 +189,6 @@ def train(
             f"activations of stage {start} cannot be moved as images are; pass the images, "
             "or set max_shift_px to 0 and mirror to false"
         )
-    as_trained(model)
     data = _Data(inputs, labels, start, rivals)
     group = collective or Alone()
     rate = config.learning_rate
@@ -230,16 +229,6 @@ class _Data:
     labels: Tensor
     start: int
     rivals: Rivals | None
-
-
-def as_trained(model: Classifier) -> Classifier:
-    """Lay a model's convolutions out as training them is fastest, and return it.
-
-    Channels last is half as fast again on CPUs, and what tensor cores want.
-    """
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        model.to(memory_format=torch.channels_last)
-    return model
 
 
 class _Loop:

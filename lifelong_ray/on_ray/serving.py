@@ -548,13 +548,12 @@ class FrontDeployment:
 def build_app(config: Config) -> serve.Application:
     """Bind the application: one controller, a slot, the fronts."""
     tree = config.model_dump(mode="json")
-    controller = RolloutController.options(  # type: ignore[attr-defined]
-        ray_actor_options={"num_cpus": 0.1}
-    ).bind(tree)
-    slot = Slot.options(**_replicas(config.serving.slot, config)).bind(tree, controller)  # type: ignore[attr-defined]
-    return FrontDeployment.options(**_replicas(config.serving.front, config)).bind(  # type: ignore[attr-defined,no-any-return]
-        tree, slot, controller
-    )
+    # The decorator is typed as giving the class it was put on; it gives a Deployment.
+    deployments: tuple[serve.Deployment, ...] = (RolloutController, Slot, FrontDeployment)  # type: ignore[assignment]
+    controller, slot, front = deployments
+    rules = controller.options(ray_actor_options={"num_cpus": 0.1}).bind(tree)
+    candidate = slot.options(**_replicas(config.serving.slot, config)).bind(tree, rules)
+    return front.options(**_replicas(config.serving.front, config)).bind(tree, candidate, rules)
 
 
 def _replicas(scaling: AutoscalingConfig, config: Config) -> dict[str, Any]:

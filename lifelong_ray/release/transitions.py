@@ -275,7 +275,7 @@ def _noted(document: ReleaseDocument, intent: Intent, at_s: float) -> ReleaseDoc
     }[intent.verb]
     forced = " without evidence" if intent.verb == "promote" and intent.force else ""
     return document.with_event(
-        what,  # type: ignore[arg-type]
+        what,  # type: ignore[arg-type]  # a str of the table above
         who=intent.actor,
         why=_because(f"{intent.verb} asked{forced}", intent),
         at_s=at_s,

@@ -69,10 +69,11 @@ def test_a_damaged_candidate_is_refused_by_the_gate_and_aborted_past_it(
 
 def test_both_paths_and_the_yardstick_are_reported(report: dict[str, Any]) -> None:
     for path in ("fast_path", "slow_path"):
-        assert report[path]["seconds"] > 0
+        assert report[path]["samples_seen"] > 0
         assert 0 < report[path]["validation_accuracy"] <= 1
     assert report["incremental_samples_seen"] < 0.3 * report["full_retrain_samples_seen"]
     assert report["incremental_seconds"] < report["full_retrain_seconds"]
+    assert sum(report["path_seconds"].values()) == pytest.approx(report["incremental_seconds"])
     assert 0 < report["full_retrain_accuracy"] <= 1
     assert report["base_extra_seconds"] > 0
     assert report["rollback_seconds"] < 10

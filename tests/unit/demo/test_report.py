@@ -15,7 +15,7 @@ from lifelong_ray.demo.report import print_table, write_reports
 from lifelong_ray.demo.story import Story, aims
 from lifelong_ray.demo.traffic import SentRequest
 
-PATH = {"seconds": 1.0, "samples_seen": 500}
+PATH = {"samples_seen": 500}
 FIGURES: dict[str, Any] = {
     "base_version": "v1",
     "promoted_version": "v1.1",
@@ -32,6 +32,7 @@ FIGURES: dict[str, Any] = {
     "full_retrain_seconds_to_update_accuracy": 9.0,
     "full_retrain_samples_seen": 20_000,
     "incremental_seconds": 2.0,
+    "path_seconds": {"fast": 0.5, "slow": 1.5},
     "incremental_samples_seen": 1_000,
     "cost_share": 0.1,
     "cost_share_samples": 0.05,

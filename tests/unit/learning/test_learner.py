@@ -95,11 +95,10 @@ def test_predictor_answers_as_the_learner_does(base):
     np.testing.assert_allclose(answers.probabilities.sum(1), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"channels_last": True}])
-def test_faster_arithmetic_gives_the_same_classes(base, options):
+def test_faster_arithmetic_gives_the_same_classes(base):
     plain = Predictor(base.learner).predict(IMAGES.numpy())
 
-    answers = Predictor(base.learner, **options).predict(IMAGES.numpy())
+    answers = Predictor(base.learner, precision="bf16").predict(IMAGES.numpy())
 
     assert (answers.probabilities.argmax(1) == plain.probabilities.argmax(1)).all()
     np.testing.assert_allclose(answers.probabilities, plain.probabilities, atol=0.1)
