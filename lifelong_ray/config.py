@@ -272,7 +272,7 @@ class UpdateConfig(_Branch):
         0.2, description="Share of the new examples that chooses between the paths."
     )
     frozen_stages: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
-        2,
+        1,
         description="Backbone stages the slow path leaves alone; auto tries how many on the "
         "validation examples.",
     )
@@ -296,7 +296,7 @@ class UpdateConfig(_Branch):
         "frozen features fall short of `good_enough_accuracy` and the slow path too.",
     )
     trainer: TrainerConfig = TrainerConfig(
-        epochs=4, batch_size=32, learning_rate=4e-3, max_shift_px=0
+        epochs=2, batch_size=32, learning_rate=6e-3, max_shift_px=0
     )
     ewc: EwcConfig = EwcConfig()
     distillation: DistillationConfig = DistillationConfig()
