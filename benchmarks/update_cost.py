@@ -48,6 +48,7 @@ from lifelong_ray.learning import (
     evaluate,
     fit_base,
     fit_update,
+    time_per_image,
     train,
 )
 from lifelong_ray.learning.chance import generator_for
@@ -59,6 +60,7 @@ _TRIAL_STEPS = (20, 140)
 _SAFETY = 0.95
 _CHEAPEST_STEP = 0.2
 _FEWEST_STEPS = 20
+_TIMED_BATCH, _TIMED_ROUNDS = 32, 5
 _KEYS = ("accuracy", "old_accuracy", "new_accuracy", "retention", "retention_within_old")
 
 
@@ -308,6 +310,9 @@ class _Seed:
             "retention": old / self._before,
             "retention_within_old": within / self._before,
             "calibration_error": judged.calibration_error,
+            "milliseconds_per_image": time_per_image(
+                answer, images[:_TIMED_BATCH], time.perf_counter, _TIMED_ROUNDS
+            ),
         }
 
 
@@ -352,6 +357,7 @@ def _with_update(learning: LearningConfig, **changes: object) -> LearningConfig:
 def _summary(runs: dict[str, list[dict[str, Any]]], name: str) -> dict[str, Any]:
     figures = runs[name]
     keys = ("seconds", "seconds_share", "samples_seen", *_KEYS, "calibration_error")
+    keys += ("milliseconds_per_image",)
     gaps = [
         100 * (mine["accuracy"] - full["accuracy"])
         for mine, full in zip(figures, runs["full"], strict=True)

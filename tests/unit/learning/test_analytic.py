@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from lifelong_ray.config import AnalyticConfig
 from lifelong_ray.learning import widening
 from lifelong_ray.learning.analytic import (
     AnalyticSums,
@@ -327,6 +328,37 @@ def test_class_balance_lifts_rare_modes():
 
     expected = (sums.counts.mean() / sums.counts) ** 0.5
     torch.testing.assert_close(lifted, expected.float().expand(12, 4))
+
+
+def test_a_class_of_few_examples_is_heard_and_does_not_drown_out_the_rest():
+    def draw(counts: tuple[int, ...], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
+        places = torch.eye(3, 16)[labels] * 3.5
+        noise = torch.randn(len(labels), 16, generator=torch.Generator().manual_seed(seed))
+        return places + noise, labels
+
+    features, labels = draw((1_000, 1_000, 5), seed=0)
+    sums = AnalyticSums.of(features, labels, 3)
+    balance = AnalyticConfig().class_balance
+
+    def right_by_class(class_balance: float) -> list[float]:
+        tests, truth = draw((200, 200, 200), seed=1)
+        answers = (tests @ sums.solve(1e-3, class_balance)).argmax(1)
+        return [float((answers[truth == c] == c).float().mean()) for c in range(3)]
+
+    assert right_by_class(0.0)[2] < 0.5
+    assert right_by_class(balance)[2] > 0.8
+    assert min(right_by_class(balance)[:2]) > 0.95
+    assert min(right_by_class(1.0)[:2]) < 0.8
+
+
+def test_rare_is_said_of_classes_and_not_of_the_modes_of_one():
+    modes = torch.tensor([0] * 20 + [1] * 10 + [2] * 10)
+    sums = AnalyticSums.of(INTEGERS, modes, 2, mode_class=torch.tensor([0, 1, 1]))
+
+    lifted = sums.solve(0.1, 0.5)
+
+    torch.testing.assert_close(lifted, sums.solve(0.1))  # Twenty of either class.
 
 
 def test_full_class_balance_gives_every_class_the_same_pull():
