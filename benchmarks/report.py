@@ -153,8 +153,8 @@ def _save(figure: Any, path: Path) -> None:
 
 def _said(setup: dict[str, Any]) -> str:
     facts = ("seeds", "iterations", "memory_per_class", "epochs", "memory_share", "num_features")
-    facts += ("source", "precision")
-    said = ", ".join(f"{key.replace('_', ' ')} {setup[key]}" for key in facts if key in setup)
+    facts += ("source", "mirror", "shots", "precision")
+    said = ", ".join(f"{key.replace('_', ' ')} {setup[key]}" for key in facts if setup.get(key))
     how = f"\n\n    {setup['command']}" if "command" in setup else ""
     where = f"on {setup['cpus']} cores, torch {setup['torch']}"
     return f"Measured {setup['date']} {where}: {said}.{how}"

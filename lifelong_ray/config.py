@@ -243,8 +243,8 @@ class AnalyticConfig(_Branch):
     )
     class_balance: Share = Field(
         0.5,
-        description="0 weighs every example alike, 1 every class alike. Between them a class of "
-        "few examples is heard without drowning out the rest.",
+        description="0 weighs every example alike, 1 lifts rare classes to the mean. Between "
+        "them a class of few examples is heard without drowning out the rest.",
     )
     decay: Share = Field(
         1.0, description="What is left of older sums at every update; below 1 forgets on purpose."
@@ -296,7 +296,7 @@ class UpdateConfig(_Branch):
         "frozen features fall short of `good_enough_accuracy` and the slow path too.",
     )
     trainer: TrainerConfig = TrainerConfig(
-        epochs=2, batch_size=32, learning_rate=6e-3, max_shift_px=0
+        epochs=3, batch_size=32, learning_rate=6e-3, max_shift_px=0
     )
     ewc: EwcConfig = EwcConfig()
     distillation: DistillationConfig = DistillationConfig()

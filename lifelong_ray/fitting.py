@@ -117,7 +117,15 @@ Trainer = Callable[[FitJob], FitOutcome]
 
 def fit_alone(job: FitJob) -> FitOutcome:
     """Train in this process, without Ray."""
-    return run_fit(job, Alone(), time.perf_counter, Progress())
+    return run_fit(job, Alone(), cost_clock(), Progress())
+
+
+def cost_clock() -> Clock:
+    """Seconds that a training is charged for, whatever else runs on the machine.
+
+    On CPUs they are the process's own; those of a GPU only the wall clock knows.
+    """
+    return time.perf_counter if torch.cuda.is_available() else time.process_time
 
 
 def run_fit(job: FitJob, collective: Collective, clock: Clock, progress: Progress) -> FitOutcome:

@@ -251,11 +251,11 @@ class AnalyticSums:
         Args:
             ridge: Regularisation, as a share of the mean squared feature's sum: the mean of
                 the Gram matrix's diagonal.
-            class_balance: Power b of the mean class's count over a class's own, by which its
-                targets are multiplied: 0 weighs every example alike, 1 lifts rare classes as
-                if they were as frequent. One Gram matrix over all examples allows no other
-                weighting afterwards; it is that of discriminant analysis with one pooled
-                covariance and chosen priors.
+            class_balance: Power b of the mean class's count over a rarer class's own, by which
+                its targets are multiplied: 0 weighs every example alike, 1 lifts rare classes
+                as if they were as frequent as the mean. One Gram matrix over all examples
+                allows no other weighting afterwards; it is that of discriminant analysis with
+                one pooled covariance and chosen priors.
             dtype: Of the result; the computation is in float64.
 
         Raises:
@@ -620,15 +620,16 @@ def _float_sums(
 def _target_scales(counts_K: Tensor, mode_class_K: Tensor, class_balance: float) -> Tensor:
     """What the target of each mode is multiplied by, (K,); one for classes without examples.
 
-    The modes of a class share one scale: rare is said of classes, not of appearances.
+    The modes of a class share one scale: rare is said of classes, not of appearances. Frequent
+    classes are not held down, so that about equal ones keep the balance of the examples.
     """
     counts_C = counts_K.new_zeros(int(mode_class_K.max()) + 1) if len(counts_K) else counts_K
     counts_C = counts_C.index_add(0, mode_class_K, counts_K)
     present_C = counts_C > 0
     if not class_balance or not bool(present_C.any()):
         return torch.ones_like(counts_K)
-    relative_C = counts_C[present_C].mean() / counts_C.clamp(min=1e-12)
-    scale_C = torch.where(present_C, relative_C**class_balance, torch.ones_like(counts_C))
+    rarity_C = (counts_C[present_C].mean() / counts_C.clamp(min=1e-12)).clamp(min=1.0)
+    scale_C = torch.where(present_C, rarity_C**class_balance, torch.ones_like(counts_C))
     return scale_C[mode_class_K]
 
 

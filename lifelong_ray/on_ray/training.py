@@ -25,7 +25,7 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from lifelong_ray.config import Config
-from lifelong_ray.fitting import Arrays, FitJob, FitOutcome, Progress, run_fit
+from lifelong_ray.fitting import Arrays, FitJob, FitOutcome, Progress, cost_clock, run_fit
 from lifelong_ray.learning import Alone, EpochReport, TorchDistributed
 from lifelong_ray.types import LearningError, ServingError
 
@@ -176,10 +176,8 @@ def _work(loop_config: dict[str, Any]) -> FitOutcome | None:
         with latest.as_directory() as folder:
             resume = (Path(folder) / _STATE).read_bytes()
     _wake(job)
-    # Whatever else runs on the machine must not count as cost: on CPUs the process's own time.
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     collective = Alone() if alone else TorchDistributed()
-    outcome = run_fit(job, collective, clock, Progress(resume, on_epoch))
+    outcome = run_fit(job, collective, cost_clock(), Progress(resume, on_epoch))
     return outcome if context.get_world_rank() == 0 else None
 
 
