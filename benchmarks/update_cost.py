@@ -10,7 +10,8 @@ A base version learns all classes but the new ones; then each method learns the 
   are the same for a share of the seconds of full.
 - fast: the analytic head, no old image needed.
 - slow: fine-tuning with replay, distillation and EWC, then the analytic head carried over.
-- default: fast, and slow where that falls short; the better one on a hold-out.
+- default: fast, and slow where that falls short; the better one on a hold-out. default_0.1
+  and such have as many gradient steps as a share of the seconds of full has room for.
 - datafree: what default does where no old image may be kept.
 
 Seconds are those of learning, on one machine in one run; the methods of one seed run in turn.
@@ -203,6 +204,7 @@ class _Seed:
         yield "warm_epoch", self._warm(1.0)
         yield "fast", self._with_steps(1, "fast")
         yield "slow", self._with_steps(0, "slow")
+        yield "default", self._with_steps(0)
         free = _without_images(self._base)
         no_memory = _with_update(self._learning, replay=ReplayConfig(memory_per_class=0, share=0))
         yield (

@@ -16,7 +16,7 @@ from lifelong_ray.learning.chance import generator_for
 from lifelong_ray.learning.evaluate import fit_temperature
 from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.lesson import Fit, FitReport, Labelled, Run, Stopwatch, check_update
-from lifelong_ray.learning.memory import remember
+from lifelong_ray.learning.memory import check_memory, remember, stage_after
 from lifelong_ray.learning.model import Classifier
 from lifelong_ray.learning.terms import class_means_after
 from lifelong_ray.learning.wide import (
@@ -59,6 +59,7 @@ def fit_fast(
     """
     watch = Stopwatch(run.clock)
     names = check_update(parent, training, validation, class_names)
+    check_memory(parent.memory, parent.memory_stage, parent.model.config, config.update)
     if not parent.model.num_random_features:
         raise LearningError(
             "the parent has no analytic head, which is all that the fast path updates; set "
@@ -100,7 +101,7 @@ def fit_fast(
         sums_exact=parent.sums_exact,
         ridge=ridge,
         num_updates=update,
-        memory_stage=parent.memory_stage,
+        memory_stage=stage_after(parent.memory_stage, parent.memory, config.update),
     )
     report = FitReport(
         path="fast",

@@ -182,6 +182,7 @@ def estimate_fisher(
     estimator: Estimator = "exact",
     generator: torch.Generator,
     start: int = 0,
+    allowed_C: Tensor | None = None,
     collective: Collective | None = None,
     max_bytes: int | None = None,
 ) -> Fisher:
@@ -201,6 +202,8 @@ def estimate_fisher(
         estimator: Which label the gradients are of.
         generator: Draws labels for ``sampled``; the same on every worker.
         start: Stages passed already; their weights are not estimated.
+        allowed_C: Which classes compete, bool; None means all. The likelihood has to be the one
+            that was trained, and where tasks are known that is among the task's classes.
         collective: The workers; None means this one alone.
         max_bytes: As in `sums_of_squares`.
 
@@ -221,7 +224,7 @@ def estimate_fisher(
         )
     draws_N = torch.rand(len(inputs), generator=generator, dtype=torch.float64)
     mine = slice(group.rank, None, group.world_size)
-    cotangents = _cotangents(estimator, labels[mine], draws_N[mine])
+    cotangents = _cotangents(estimator, labels[mine], draws_N[mine], allowed_C)
     if any(weight.dtype != torch.float32 for weight in model.parameters()):
         model = model.copy().float()
     was_training = {module: module.training for module in model.modules()}
@@ -244,7 +247,9 @@ def estimate_fisher(
     return Fisher(values, estimator, num_examples)
 
 
-def _cotangents(estimator: Estimator, labels_N: Tensor, draws_N: Tensor) -> Cotangents:
+def _cotangents(
+    estimator: Estimator, labels_N: Tensor, draws_N: Tensor, allowed_C: Tensor | None
+) -> Cotangents:
     """Give the gradients of the log-likelihood at the logits.
 
     Those of ``exact`` are times the root of the label's probability, so that their squares
@@ -253,9 +258,14 @@ def _cotangents(estimator: Estimator, labels_N: Tensor, draws_N: Tensor) -> Cota
 
     def cotangents(logits_NC: Tensor, piece: slice) -> Iterator[Tensor]:
         # In float64: one minus the probability of a sure answer would keep few digits.
-        p_NC = F.softmax(logits_NC.double(), dim=1)
+        scores_NC = logits_NC.double()
+        labels = list(range(scores_NC.shape[1]))
+        if allowed_C is not None:
+            scores_NC = scores_NC.masked_fill(~allowed_C.to(scores_NC.device), -torch.inf)
+            labels = allowed_C.nonzero()[:, 0].tolist()
+        p_NC = F.softmax(scores_NC, dim=1)
         if estimator == "exact":
-            for c in range(p_NC.shape[1]):
+            for c in labels:
                 gradient_NC = -p_NC
                 gradient_NC[:, c] += 1
                 yield (gradient_NC * p_NC[:, c : c + 1].sqrt()).to(logits_NC.dtype)

@@ -40,6 +40,42 @@ def memory_stage(config: UpdateConfig) -> int:
     return config.frozen_stages
 
 
+def stage_after(parent_stage: int, memory: ReplayMemory, config: UpdateConfig) -> int:
+    """Return the stages that the memory's inputs have passed once `remember` has run."""
+    return parent_stage if len(memory) else memory_stage(config)
+
+
+def check_memory(
+    memory: ReplayMemory, stage: int, model: ModelConfig, config: UpdateConfig
+) -> None:
+    """Refuse a memory that cannot be gone on with as the settings say.
+
+    Args:
+        memory: The parent's.
+        stage: Stages that its inputs have passed.
+        model: What new images look like.
+        config: What is to be kept.
+
+    Raises:
+        LearningError: If so.
+    """
+    if not len(memory):
+        return
+    shape = (model.channels, model.image_size, model.image_size)
+    if not stage and memory.inputs.shape[1:] != shape:
+        raise LearningError(
+            f"a memory of another image size: it holds {tuple(memory.inputs.shape[1:])} and the "
+            f"new images are {shape}; bring them to the memory's shape, or begin a family anew "
+            "with a base training"
+        )
+    if memory_stage(config) != stage:
+        raise LearningError(
+            f"the memory holds {memory.content} that passed {stage} stages, which "
+            f"replay.content {config.replay.content} with {config.frozen_stages} frozen stages "
+            "does not go on with; keep content and frozen_stages as they were for the base training"
+        )
+
+
 @torch.no_grad()
 def remember(
     memory: ReplayMemory,

@@ -431,6 +431,8 @@ def build_model(
 def in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int = _CHUNK) -> Tensor:
     """Apply `function` to `inputs` in bounded pieces, without gradients.
 
-    The pieces are the same for the same input, so the result is reproducible to the bit.
+    The pieces are the same for the same input, so the result is reproducible to the bit. Of no
+    inputs there is one empty piece, whose result has the right shape.
     """
-    return torch.cat([function(inputs[i : i + chunk]) for i in range(0, len(inputs), chunk)])
+    firsts = range(0, max(len(inputs), 1), chunk)
+    return torch.cat([function(inputs[first : first + chunk]) for first in firsts])

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from lifelong_ray.config import LearningConfig, UpdateConfig
 from lifelong_ray.learning.analytic import AnalyticSums
@@ -27,7 +28,7 @@ from lifelong_ray.learning.fast import grown, with_modes
 from lifelong_ray.learning.heads import align_new_rows
 from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.lesson import Fit, FitReport, Labelled, Run, Stopwatch, check_update
-from lifelong_ray.learning.memory import remember
+from lifelong_ray.learning.memory import check_memory, remember, stage_after
 from lifelong_ray.learning.model import Classifier, in_chunks
 from lifelong_ray.learning.replay import BatchPlan, endless_batches, mix_batches
 from lifelong_ray.learning.terms import (
@@ -91,6 +92,7 @@ def fit_slow(
     watch = Stopwatch(run.clock)
     names = check_update(parent, training, validation, class_names)
     update, memory = config.update, parent.memory
+    check_memory(memory, parent.memory_stage, parent.model.config, update)
     warn_of_forgetting(parent, update, has_new_classes=len(names) > len(parent.class_names))
     if not len(memory) and update.replay.share:
         logger.warning(
@@ -98,9 +100,10 @@ def fit_slow(
         )
     depth = _depth(parent, training, names, config, run, validation)
     model = grown(parent, len(names), config.seed).to(run.device)
+    if expand:  # A branch has at least one stage, which is not frozen.
+        depth = min(depth, len(model.stages) - 1)
     model.freeze_stages(depth)
     if expand:
-        depth = min(depth, len(model.stages) - 1)
         model.expand(depth)
         model.freeze_but_last_branch()
     inputs, labels, trained = _train(parent, model, training, depth, config, run)
@@ -230,7 +233,7 @@ def _remembering(
         sums_exact=False,
         ridge=ridge,
         num_updates=number,
-        memory_stage=parent.memory_stage,
+        memory_stage=stage_after(parent.memory_stage, parent.memory, config.update),
     )
 
 
@@ -292,19 +295,13 @@ def _entering(
         return _with_pseudo_features(parent, model, training, depth, update)
     moves = update.trainer.max_shift_px or update.trainer.mirror
     start = 0 if moves else depth
-    if stage or update.replay.content == "features":
-        if stage != depth or moves or update.replay.content != "features":
-            raise LearningError(
-                f"the memory holds {memory.content} that passed {stage} stages; with "
-                f"replay.content {update.replay.content}, {depth} frozen stages and "
-                f"{'' if moves else 'no '}images moved about it would not fit the new ones: keep "
-                "content and frozen_stages as they were for the base training, without shifts"
-            )
-    elif memory.inputs.shape[1:] != images.shape[1:]:
+    features = stage or update.replay.content == "features"
+    if features and (stage != depth or moves):
         raise LearningError(
-            f"a memory of another image size: it holds {tuple(memory.inputs.shape[1:])} and the "
-            f"new images are {tuple(images.shape[1:])}; bring them to the memory's shape, or "
-            "begin a family anew with a base training"
+            f"the memory holds {memory.content} that passed {stage} stages; with "
+            f"replay.content {update.replay.content}, {depth} frozen stages and "
+            f"{'' if moves else 'no '}images moved about it would not fit the new ones: keep "
+            "content and frozen_stages as they were for the base training, without shifts"
         )
     # The analytic head may look at what enters the last stage, a branch at what enters it.
     if model.analytic.source == "stages":
@@ -354,6 +351,11 @@ def _with_pseudo_features(
     Source: Petit et al. 2023 (FeTrIL), arXiv:2211.13131.
     """
     images, labels = training
+    if len(model.branches):
+        raise LearningError(
+            "pseudo_features stand in for the features of the trunk alone, and this network has "
+            "branches; set pseudo_features and expansion to what this family began with"
+        )
     if depth < len(model.stages):
         raise LearningError(
             f"pseudo_features stand in for old features, so the whole backbone must be frozen: "
@@ -414,14 +416,18 @@ def _rivals(
     """For `labels_compete`: the classes of each example's own update."""
     if update.labels_compete == "all":
         return None
-    allowed_GC = torch.ones(2, num_classes, dtype=torch.bool)
-    allowed_GC[0] = torch.bincount(labels, minlength=num_classes) > 0
+    memory = parent.memory
     group_N = torch.zeros(num_all, dtype=torch.int64)
-    group_N[len(labels) :] = 1
-    blocks = torch.tensor(parent.model.head.blocks).cumsum(0).tolist()
-    if num_all > len(labels) and len(blocks) > 1:
-        logger.warning("remembered examples compete with all classes of earlier updates")
-    return Rivals(group_N, allowed_GC)
+    allowed = [torch.bincount(labels, minlength=num_classes) > 0]
+    if update.pseudo_features:  # Made up of classes, not of updates.
+        group_N[len(labels) :] = 1
+        allowed.append(torch.ones(num_classes, dtype=torch.bool))
+    else:
+        for number in memory.updates.unique().tolist():
+            mine = memory.updates == number
+            group_N[len(labels) :][mine] = len(allowed)
+            allowed.append(torch.bincount(memory.labels[mine], minlength=num_classes) > 0)
+    return Rivals(group_N, torch.stack(allowed))
 
 
 @torch.no_grad()
@@ -440,12 +446,12 @@ def _sums_after(
     remembers = len(parent.memory) > 0 and not config.update.pseudo_features
     new_inputs, new_labels = inputs[:num_new], labels[:num_new]
     older = parent.sums.decayed(config.analytic.decay)
-    if len(model.branches) > len(parent.model.branches):
+    if len(model.branches) > len(parent.model.branches) and model.analytic.source != "pixels":
         generator = generator_for(config.seed, "widening", len(model.branches))
         fit_widening(model, inputs, config.seed, generator)
     if _same_features(parent, model):
         pass
-    elif remembers and _keeps_everything(parent):
+    elif remembers and config.analytic.decay == 1 and _keeps_everything(parent):
         # Nothing was left out of the memory: its sums are those of everything.
         older = _sums_of_memory(parent, model, inputs[num_new:], run)
     elif remembers:
@@ -490,11 +496,17 @@ def _same_features(parent: Learner, model: Classifier) -> bool:
     """Whether the analytic head sees what it saw before."""
     if model.analytic.source == "pixels":
         return True
-    before = parent.model.stages.state_dict()
+    if len(model.branches) != len(parent.model.branches):
+        return False
     return all(
-        torch.equal(value.cpu(), before[name].cpu())
-        for name, value in model.stages.state_dict().items()
-    ) and len(model.branches) == len(parent.model.branches)
+        torch.equal(value.cpu(), was.cpu())
+        for now, before in ((model.stages, parent.model.stages), *_branch_stages(model, parent))
+        for value, was in zip(now.state_dict().values(), before.state_dict().values(), strict=True)
+    )
+
+
+def _branch_stages(model: Classifier, parent: Learner) -> list[tuple[Module, Module]]:
+    return list(zip(model.branches, parent.model.branches, strict=True))
 
 
 @torch.no_grad()

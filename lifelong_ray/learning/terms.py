@@ -40,7 +40,12 @@ def update_terms(
         terms += _ewc(parent, model, config)
     if config.distillation.weight:
         terms.append(_distillation(parent, model, inputs, labels, config))
-    if config.replay.dark_weight:
+    if config.replay.dark_weight and config.pseudo_features:
+        logger.warning(
+            "made-up features have no stored logits, so replay.dark_weight %g has no effect",
+            config.replay.dark_weight,
+        )
+    elif config.replay.dark_weight:
         terms += _dark(parent, model, len(inputs), config)
     return tuple(terms)
 
@@ -76,6 +81,9 @@ def fisher_of(
     if not num_examples:
         zeros = {name: torch.zeros_like(w).cpu() for name, w in model.named_parameters()}
         return Fisher(zeros, config.update.ewc.estimator, 0)
+    allowed_C = None
+    if config.update.labels_compete == "update":
+        allowed_C = torch.bincount(labels, minlength=model.num_classes) > 0
     generator = generator_for(config.seed, "fisher")
     chosen = torch.randperm(len(inputs), generator=generator)[:num_examples]
     piece = inputs.tensor[chosen]
@@ -87,6 +95,7 @@ def fisher_of(
         estimator=config.update.ewc.estimator,
         generator=generator,
         start=inputs.start,
+        allowed_C=allowed_C,
         collective=group,
     )
     values = {name: value.cpu() for name, value in fisher.values.items()}
@@ -110,6 +119,13 @@ def accumulated(
     older = parent.fisher.for_model(model)
     if not newer.num_examples:
         return older, anchor
+    if older.num_examples and older.estimator != newer.estimator:
+        logger.warning(
+            "the parent's Fisher is of the estimator %s and the update's of %s, whose sizes do not "
+            "compare: lambda_ewc fits one of the two at most",
+            older.estimator,
+            newer.estimator,
+        )
     if ewc.accumulation == "online":
         return older.online(newer, ewc.gamma), anchor
     if ewc.accumulation == "sum":

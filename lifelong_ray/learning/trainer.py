@@ -37,6 +37,7 @@ Clock = Callable[[], float]
 
 _BETA_2 = 0.999
 _FIRST_STEPS_CHECKED = 3
+_SQUARED = "squared gradient"
 _CHECK_EVERY = 10
 _NUM_SETTLING = 1_024
 _PROGRESS = "progress"
@@ -311,16 +312,23 @@ class _Loop:
         if step < _FIRST_STEPS_CHECKED or step % self._steps_per_epoch % _CHECK_EVERY == 0:
             for term in self._weight_terms:
                 values[term.name] = term.weight * float(term.loss(self._named).detach())
+            # AdamW squares the gradients: where that overflows, its steps become zero and the
+            # loss stays finite.
+            values[_SQUARED] = float(
+                sum(w.grad.square().sum() for w in self._weights if w.grad is not None)
+            )
         rate, momentum = rate_and_momentum(config.schedule, step, self._num_steps, self._rate)
         for name, value in values.items():
             if not math.isfinite(value):
                 held = ", ".join(f"{t.name} {t.weight:g}" for t in self._weight_terms)
+                what = name if name == _SQUARED else f"{name} loss"
                 raise LearningError(
-                    f"the {name} loss is {value} at step {step}, learning rate {rate:.2g}: the "
+                    f"the {what} is {value} at step {step}, learning rate {rate:.2g}: the "
                     "training has diverged; lower the learning rate or the weights of the terms"
                     + (f" (among them {held})" if held else "")
                 )
         self._apply(rate, momentum)
+        values.pop(_SQUARED, None)
         return values
 
     def _apply(self, rate: float, momentum: float) -> None:
@@ -376,7 +384,8 @@ class _Loop:
         if not _ran_out_of_memory(error):
             raise error
         smaller = min(self._most_at_once, num_mine) // 2
-        if not smaller or self._model.learns_statistics:
+        crosses = self._model.learns_statistics and self._model.has_batch_statistics
+        if not smaller or crosses:
             raise LearningError(
                 f"there is not enough memory for a batch of {num_mine} examples in pieces of "
                 f"{min(self._most_at_once, num_mine)}; choose a smaller batch_size or model"

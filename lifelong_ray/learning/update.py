@@ -14,6 +14,7 @@ from lifelong_ray.learning.fast import fit_fast
 from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.lesson import Fit, Labelled, Run
 from lifelong_ray.learning.slow import fit_slow
+from lifelong_ray.types import LearningError
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ def fit_update(
     Arguments and errors are those of `fit_fast` and `fit_slow`.
     """
     wanted = config.update.paths
+    if config.update.pseudo_features and config.update.expansion != "never":
+        raise LearningError(
+            f"pseudo_features stand in for the features of the trunk, which a branch would need "
+            f"images for; set learning.update.expansion to never, not {config.update.expansion}, "
+            "or pseudo_features to 0"
+        )
     if wanted == "default" and not parent.model.num_random_features:
         wanted = "slow"
     fits: dict[str, Fit] = {}

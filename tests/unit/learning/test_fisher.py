@@ -18,15 +18,25 @@ from lifelong_ray.types import LearningError
 from tests.unit.learning.world import MODEL, make_images, on_workers
 
 
-def reference(model: Classifier, images: torch.Tensor, labels: torch.Tensor, kind: str):
+def reference(
+    model: Classifier,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    kind: str,
+    allowed: torch.Tensor | None = None,
+):
     """Batches of one, in float64, straight from the definition."""
     model = model.copy().double().eval()
     weights = dict(model.named_parameters())
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for image, label in zip(images, labels, strict=True):
-        log_p = F.log_softmax(model.trained_logits(image[None].double() / 255), dim=1)[0]
+        logits = model.trained_logits(image[None].double() / 255)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        log_p = F.log_softmax(logits, dim=1)[0]
         if kind == "exact":
             rounds = [(c, float(log_p[c].detach().exp())) for c in range(len(log_p))]
+            rounds = [(c, share) for c, share in rounds if share]
         else:
             rounds = [(int(label), 1.0)]
         for c, weight in rounds:
@@ -66,6 +76,30 @@ def with_stage(make: Callable[[], nn.Module], num_features: int) -> Classifier:
             nn.init.normal_(layer.weight, 1, 0.3)
             nn.init.normal_(layer.bias, 0, 0.3)
     return model
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_where_some_classes_alone_compete_the_fisher_is_of_that_likelihood(kind):
+    model = build_model(MODEL, 4, seed=0)
+    images, labels = make_images([1, 3, 1, 3, 3], seed=0)
+    allowed = torch.tensor([False, True, False, True])
+
+    fisher = estimate_fisher(
+        model,
+        images,
+        labels,
+        estimator=kind,
+        generator=torch.Generator().manual_seed(0),
+        allowed_C=allowed,
+    )
+
+    expected = reference(model, images, labels, kind, allowed)
+    for name, value in expected.items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(
+            fisher.values[name].double(), value, rtol=1e-4, atol=1e-4 * scale
+        )
+    assert not bool(fisher.values["head.weight"][~allowed].any())
 
 
 @pytest.mark.parametrize("kind", ["exact", "empirical"])

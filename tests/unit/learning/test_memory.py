@@ -170,6 +170,12 @@ def test_logits_are_stored_from_the_update_that_asks_for_them_on():
     assert bool(later.logits[~old].isfinite().all())
 
 
+def test_a_memory_that_keeps_nothing_stores_no_logits():
+    memory = remembered(settings(dark_weight=0.5, memory_per_class=0))
+
+    assert memory.logits.shape == (0, 4)
+
+
 def test_a_memory_of_another_image_size_is_named():
     memory = empty_memory(MODEL.model_copy(update={"image_size": 12}), 4)
 

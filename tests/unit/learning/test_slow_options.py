@@ -24,6 +24,7 @@ from lifelong_ray.learning import (
     fit_fast,
     fit_slow,
 )
+from lifelong_ray.learning.chance import generator_for
 from lifelong_ray.types import LearningError
 from tests.unit.learning.world import CONFIG, MODEL, TickingClock, make_images
 
@@ -306,7 +307,9 @@ def test_what_would_outdate_kept_features_is_named(new_examples, changes):
     replay = ReplayConfig(memory_per_class=6, content="features")
     parent = remembering_features(with_update(replay=replay))
 
-    with pytest.raises(LearningError, match=r"passed 1 stages.* keep content"):
+    with pytest.raises(
+        LearningError, match=r"passed 1 stages.* keep content|kept features need stages"
+    ):
         slow(parent, new_examples, with_update(replay=replay, **changes))
 
 
@@ -438,6 +441,25 @@ def test_labels_that_compete_within_their_update_leave_the_old_rows_alone(base):
     with torch.no_grad():
         within = learner.model.trained_logits(TEST_NEW[0])[:, 4:]
     assert accuracy(within, TEST_NEW[1] - 4) >= 0.9
+
+
+def test_remembered_examples_compete_with_the_classes_of_their_own_update(base):
+    config = with_update(labels_compete="update", ewc=NO_EWC, distillation=NO_DISTILLATION)
+    first = slow(base.learner, ONLY_NEW, config).learner
+    still = with_update(
+        labels_compete="update",
+        ewc=NO_EWC,
+        distillation=NO_DISTILLATION,
+        frozen_stages=2,
+        trainer=CONFIG.update.trainer.model_copy(update={"weight_decay": 0.0}),
+    )
+
+    # With one class of its own, neither it nor what is remembered pulls at the new row.
+    learner = slow(first, make_images([6] * 15, seed=8), still, names=(*NAMES, "g")).learner
+
+    grown = first.model.copy()
+    grown.grow(7, generator_for(still.seed, "head", 7))
+    assert torch.equal(learner.model.head.weight[6], grown.head.weight[6])
 
 
 def test_labels_that_compete_within_their_update_are_not_warned_of(base, caplog):

@@ -279,6 +279,21 @@ def test_running_out_of_memory_halves_the_pieces_and_gives_the_same_result(narro
     assert_same_weights(model, expected, tolerance=1e-5)
 
 
+def test_a_base_training_that_runs_out_of_memory_goes_on_in_smaller_pieces(narrow, caplog):
+    narrow.most = 3
+
+    with caplog.at_level(logging.WARNING):
+        fit_base(
+            make_images([0, 1, 2, 3] * 6, seed=1),
+            "abcd",
+            own("that_needs_memory"),
+            LEARNING,
+            Run(TickingClock()),
+        )
+
+    assert "going on with 2, to the same result" in caplog.text
+
+
 def test_smaller_pieces_are_kept_for_the_steps_to_come(narrow, caplog):
     narrow.most = 4
 
@@ -334,7 +349,15 @@ def test_an_ewc_so_heavy_that_training_diverges_is_named(base, new_examples):
     update = LEARNING.update.model_copy(update={"ewc": ewc, "trainer": trainer})
     config = LEARNING.model_copy(update={"update": update})
 
-    with pytest.raises(LearningError, match=r"loss is (inf|nan) at step .*weights of the terms"):
+    with pytest.raises(LearningError, match=r"is (inf|nan) at step .*weights of the terms"):
+        fit_slow(base.learner, new_examples, "abcdef", config, Run(TickingClock()))
+
+
+def test_an_ewc_that_only_makes_adams_steps_vanish_is_named_too(base, new_examples):
+    ewc = LEARNING.update.ewc.model_copy(update={"lambda_ewc": 1e28})
+    config = LEARNING.model_copy(update={"update": LEARNING.update.model_copy(update={"ewc": ewc})})
+
+    with pytest.raises(LearningError, match=r"(gradient|ewc loss) is inf at step .*ewc 1e\+28"):
         fit_slow(base.learner, new_examples, "abcdef", config, Run(TickingClock()))
 
 

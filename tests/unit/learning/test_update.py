@@ -276,6 +276,50 @@ def test_an_expanded_network_leaves_the_old_one_untouched_to_the_bit(base, new_e
     )
 
 
+def test_a_branch_learns_where_all_stages_are_frozen_too(base, new_examples):
+    learner = expanded(base, new_examples, frozen_stages=2).fits["expanded"].learner
+
+    (branch,) = learner.model.branches
+    assert branch.start == 1
+    last = base.learner.model.stages[1].state_dict()
+    assert any(
+        not torch.equal(weight, last[name.split(".", 1)[1]])
+        for name, weight in branch.stages.state_dict().items()
+    )
+
+
+def test_a_branch_leaves_a_head_over_pixels_as_it_was(new_examples):
+    model = MODEL.model_copy(update={"name": "mlp", "widths": (16, 8)})
+    examples = make_images([0, 1, 2, 3] * 12, seed=1)
+    parent = fit_base(examples, "abcd", model, CONFIG, Run(TickingClock())).learner
+    assert parent.model.analytic.source == "pixels"
+
+    again = with_update(expansion="always", paths="both").model_copy(update={"seed": 7})
+    learner = updated(parent, new_examples, again).fits["expanded"].learner
+
+    before, after = parent.model.analytic.widening, learner.model.analytic.widening
+    assert before.state_dict().keys() == after.state_dict().keys()
+    for name, value in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], value), name
+    assert learner.sums_exact
+
+
+def test_a_branch_that_is_trained_on_is_not_taken_for_unchanged_features(base, new_examples):
+    parent = expanded(base, new_examples).fits["expanded"].learner
+    second = make_images([0, 1, 2, 3, 4, 5] * 5, seed=77)
+
+    fits = updated(parent, second, with_update(paths="both", frozen_stages=2)).fits
+
+    assert not torch.equal(fits["slow"].learner.sums.gram, fits["fast"].learner.sums.gram)
+
+
+def test_pseudo_features_and_branches_are_refused_together_before_any_training(base, new_examples):
+    config = with_update(pseudo_features=5, expansion="auto")
+
+    with pytest.raises(LearningError, match="expansion to never, not auto"):
+        updated(base.learner, new_examples, config)
+
+
 def test_an_expanded_network_answers_as_before_until_it_is_trained(base):
     model = base.learner.model.copy()
     model.active_head = "linear"
