@@ -17,6 +17,7 @@ from lifelong_ray.learning.evaluate import (
 )
 from lifelong_ray.learning.fast import fit_fast
 from lifelong_ray.learning.fisher import Fisher, estimate_fisher
+from lifelong_ray.learning.forget import forget
 from lifelong_ray.learning.from_nothing import fit_base
 from lifelong_ray.learning.history import History
 from lifelong_ray.learning.learner import Learner
@@ -74,6 +75,7 @@ __all__ = [
     "fit_slow",
     "fit_temperature",
     "fit_update",
+    "forget",
     "keep_freed_memory",
     "mix_batches",
     "time_per_image",

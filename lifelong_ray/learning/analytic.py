@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class AnalyticSums:
         counts: Examples by mode, (K,); weighted examples count by their weight.
         mode_class: The class of each mode, int64 (K,).
         num_classes: C; each class has a mode, with or without examples.
+        history: The mode that each class's examples of each update went to, int64 (U, C); -1
+            where there were none or nobody knows. A base training is update 0.
     """
 
     gram: Tensor
@@ -56,6 +58,7 @@ class AnalyticSums:
     counts: Tensor
     mode_class: Tensor
     num_classes: int
+    history: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
 
     @staticmethod
     def empty(num_features: int, num_classes: int) -> AnalyticSums:
@@ -142,7 +145,26 @@ class AnalyticSums:
             self.counts.to(device),
             self.mode_class.to(device),
             self.num_classes,
+            self.history.to(device),
         )
+
+    def noted(self, update: int, classes: Iterable[int]) -> AnalyticSums:
+        """Return the sums with a note that an update's classes go to their newest modes."""
+        missing = update + 1 - len(self.history)
+        wide = self.num_classes - self.history.shape[1]
+        history_UC = F.pad(self.history, (0, wide, 0, missing), value=-1)
+        mine = list(classes)
+        history_UC[update, mine] = self.newest_modes[mine].to(history_UC.device)
+        return replace(self, history=history_UC)
+
+    def modes_of(self, updates_N: Tensor, labels_N: Tensor) -> Tensor:
+        """Return the modes (N,) that examples went to: their class's newest where nobody knows."""
+        newest_N = self.newest_modes[labels_N]
+        width = self.history.shape[1]
+        known_N = (updates_N < len(self.history)) & (labels_N < width)
+        modes_N = newest_N.clone()
+        modes_N[known_N] = self.history[updates_N[known_N], labels_N[known_N]]
+        return torch.where(modes_N < 0, newest_N, modes_N)
 
     def merge(self, other: AnalyticSums) -> AnalyticSums:
         """Return the sums over both sets of examples."""
@@ -226,7 +248,8 @@ class AnalyticSums:
             counts=torch.stack([self.counts[group].sum() for group in groups]),
             mode_class=self.mode_class[first_of],
         )
-        return merged, new_K.to(self.mode_class.device)
+        new_K = new_K.to(self.mode_class.device)
+        return replace(merged, history=_moved(self.history, new_K)), new_K
 
     def decayed(self, factor: float) -> AnalyticSums:
         """Return the sums with every example's weight multiplied by `factor`."""
@@ -377,6 +400,7 @@ class AnalyticSums:
             F.pad(self.counts, (0, len(more))),
             torch.cat([self.mode_class, more]),
             num_classes,
+            self.history,
         )
 
     def _most_alike(self, groups: list[list[int]]) -> tuple[list[int], list[int]]:
@@ -615,6 +639,11 @@ def _float_sums(
         gram.addmm_(x_NM.T, weighted_NM)
         sums_MK.addmm_(weighted_NM.T, own_NK[piece].double())
     return gram, sums_MK
+
+
+def _moved(history_UC: Tensor, new_K: Tensor) -> Tensor:
+    """The history after modes were put together."""
+    return torch.where(history_UC < 0, history_UC, new_K[history_UC.clamp(min=0)])
 
 
 def _target_scales(counts_K: Tensor, mode_class_K: Tensor, class_balance: float) -> Tensor:

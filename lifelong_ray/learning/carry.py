@@ -61,4 +61,5 @@ def carried_over(
         counts=sums.counts,
         mode_class=sums.mode_class,
         num_classes=sums.num_classes,
+        history=sums.history,
     )

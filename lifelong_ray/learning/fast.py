@@ -68,7 +68,9 @@ def fit_fast(
     images, labels = training
     inputs = Inputs(images)
     model = grown(parent, len(names), config.seed).to(run.device)
-    sums, modes_N = with_modes(parent.sums.decayed(config.analytic.decay), labels, len(names))
+    update = parent.num_updates + 1
+    older = parent.sums.decayed(config.analytic.decay)
+    sums, modes_N = with_modes(older, labels, len(names), update)
     sums = sums.merge(take_sums(model, inputs, modes_N, sums, run.collective))
     sums, ridge = solve(model, sums, config.analytic, parent.ridge)
     model.active_head = "analytic"
@@ -86,7 +88,6 @@ def fit_fast(
             model, parent, inputs, labels, sums, ridge, config.analytic.class_balance
         )
     model.to("cpu")
-    update = parent.num_updates + 1
     learner = Learner(
         model=model,
         class_names=names,
@@ -122,13 +123,16 @@ def grown(parent: Learner, num_classes: int, seed: int) -> Classifier:
     return model
 
 
-def with_modes(sums: AnalyticSums, labels: Tensor, num_classes: int) -> tuple[AnalyticSums, Tensor]:
-    """Return sums with a mode for every class of `labels`, and the mode of each label.
+def with_modes(
+    sums: AnalyticSums, labels: Tensor, num_classes: int, update: int
+) -> tuple[AnalyticSums, Tensor]:
+    """Return sums with a mode for every class of an update's labels, and the mode of each.
 
     A class that is new has one mode already; a known one that comes again gets a further
     one, since what comes again may look different.
     """
-    sums = sums.grow(num_classes).open_modes(labels.unique().tolist())
+    classes = labels.unique().tolist()
+    sums = sums.grow(num_classes).open_modes(classes).noted(update, classes)
     return sums, sums.newest_modes[labels]
 
 
@@ -158,17 +162,18 @@ def _left_out_temperature(
     stride = max(1, len(inputs) // _NUM_CALIBRATING)
     chosen = torch.arange(0, len(inputs), stride)
     features_NM = random_features(model, inputs[chosen])
-    both_N = labels[chosen]
+    both_N, modes_N = labels[chosen], sums.newest_modes[labels[chosen]]
     stands_for_N = torch.full((len(chosen),), float(stride), dtype=torch.float64)
     if len(memory):
         remembered = Inputs(memory.inputs, parent.memory_stage)
         if model.analytic.source != "pixels" or memory.content == "images":
             features_NM = torch.cat([random_features(model, remembered), features_NM])
             both_N = torch.cat([memory.labels, both_N])
+            modes_N = torch.cat([sums.modes_of(memory.updates, memory.labels), modes_N])
             stands_for_N = torch.cat([memory.weights(), stands_for_N])
     left_out_NK = sums.left_out_scores(
         features_NM,
-        sums.newest_modes[both_N],
+        modes_N,
         torch.ones_like(stands_for_N),
         ridge,
         class_balance,

@@ -77,7 +77,7 @@ def fit_base(
         model.eval()
         generator = generator_for(config.seed, "widening")
         fit_widening(model, inputs, config.seed, generator)
-        sums = take_sums(model, inputs, labels, room, run.collective)
+        sums = take_sums(model, inputs, labels, room, run.collective).noted(0, range(len(names)))
         return solve(model, sums, config.analytic, 0.0)
 
     def measured(so_far: Classifier) -> float:

@@ -106,6 +106,7 @@ class Learner:
             "sums.gram": self.sums.gram,
             "sums.class_sums": self.sums.class_sums,
             "sums.counts": self.sums.counts,
+            "sums.history": self.sums.history,
             "memory.seen": self.memory.seen,
             "memory.updates": self.memory.updates,
             "memory.logits": self.memory.logits,
@@ -188,6 +189,7 @@ def _rebuild(files: Mapping[str, bytes]) -> Learner:
         counts=tensors["sums.counts"],
         mode_class=model.analytic.mode_class.clone(),
         num_classes=len(class_names),
+        history=tensors.get("sums.history", torch.zeros(0, 0, dtype=torch.int64)),
     )
     expected = (model.num_random_features, len(sums.mode_class))
     if tuple(sums.class_sums.shape) != expected:

@@ -139,6 +139,15 @@ def check_update(
     return names
 
 
+def check_known(learner: Learner, examples: Labelled) -> None:
+    """Refuse examples that the learner cannot have learned.
+
+    Raises:
+        LearningError: If so.
+    """
+    _check(examples, learner.class_names, learner.model_config, "learned")
+
+
 def _check(examples: Labelled, names: tuple[str, ...], config: ModelConfig, what: str) -> None:
     """Refuse examples that cannot be what the caller means."""
     images, labels = examples

@@ -30,7 +30,12 @@ from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.lesson import Fit, FitReport, Labelled, Run, Stopwatch, check_update
 from lifelong_ray.learning.memory import check_memory, remember, stage_after
 from lifelong_ray.learning.model import Classifier, in_chunks
-from lifelong_ray.learning.replay import BatchPlan, endless_batches, mix_batches
+from lifelong_ray.learning.replay import (
+    BatchPlan,
+    ReplayMemory,
+    endless_batches,
+    mix_batches,
+)
 from lifelong_ray.learning.terms import (
     accumulated,
     class_means_after,
@@ -132,6 +137,7 @@ def fit_slow(
         sums,
         ridge,
         config.analytic.class_balance,
+        memory,
         validation,
         outdated=outdated,
     )
@@ -467,7 +473,7 @@ def _sums_after(
             "the backbone has moved and nothing is remembered, so the analytic head's sums of "
             "old classes are of features that are no more; keep a memory"
         )
-    sums, modes_N = with_modes(older, new_labels, model.num_classes)
+    sums, modes_N = with_modes(older, new_labels, model.num_classes, parent.num_updates + 1)
     sums = sums.merge(take_sums(model, new_inputs, modes_N, sums, run.collective))
     return solve(model, sums, config.analytic, parent.ridge)
 
@@ -486,7 +492,7 @@ def _sums_of_memory(
     modes_N = torch.zeros(len(memory), dtype=torch.int64)
     for number in memory.updates.unique().tolist():
         mine = memory.updates == number
-        room, modes_N[mine] = with_modes(room, memory.labels[mine], room.num_classes)
+        room, modes_N[mine] = with_modes(room, memory.labels[mine], room.num_classes, number)
         # A mode counts as taken once it has an example.
         room = replace(room, counts=room.counts.clone().index_fill_(0, modes_N[mine], 1.0))
     return take_sums(model, remembered, modes_N, room, run.collective)
@@ -518,6 +524,7 @@ def _choose(
     sums: AnalyticSums,
     ridge: float,
     class_balance: float,
+    memory: ReplayMemory,
     validation: Labelled | None,
     *,
     outdated: bool,
@@ -538,8 +545,11 @@ def _choose(
         return Answering("linear", 0.0, 1.0, 1.0, 1.0)
     model.active_head = "analytic"
     features_NM = random_features(model, inputs)
+    num_new = len(labels) - len(memory)
+    modes_N = sums.newest_modes[labels]
+    modes_N[num_new:] = sums.modes_of(memory.updates, labels[num_new:])
     left_out_NK = sums.left_out_scores(
-        features_NM, sums.newest_modes[labels], torch.ones(len(labels)), ridge, class_balance
+        features_NM, modes_N, torch.ones(len(labels)), ridge, class_balance
     )
     left_out_NC = model.analytic.together(left_out_NK, model.num_classes)
     temperature = fit_temperature(left_out_NC, labels, stands_for_N)

@@ -223,6 +223,7 @@ def _alike_put_together(sums: AnalyticSums, weights_MK: Tensor) -> tuple[Analyti
         class_sums=sums.class_sums @ together_KJ,
         counts=sums.counts @ together_KJ,
         mode_class=sums.mode_class[first],
+        history=torch.where(sums.history < 0, sums.history, place_K[sums.history.clamp(min=0)]),
     )
     return merged, weights_MK @ together_KJ.float()
 
