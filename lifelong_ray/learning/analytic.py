@@ -275,10 +275,9 @@ class AnalyticSums:
             ridge: Regularisation, as a share of the mean squared feature's sum: the mean of
                 the Gram matrix's diagonal.
             class_balance: Power b of the mean class's count over a rarer class's own, by which
-                its targets are multiplied: 0 weighs every example alike, 1 lifts rare classes
-                as if they were as frequent as the mean. One Gram matrix over all examples
-                allows no other weighting afterwards; it is that of discriminant analysis with
-                one pooled covariance and chosen priors.
+                its targets are multiplied: 0 weighs every example alike, 1 makes the sums of
+                rare classes those of as many examples as the mean class has. The Gram matrix
+                does not know of classes, so that it stays as it is.
             dtype: Of the result; the computation is in float64.
 
         Raises:
@@ -293,7 +292,8 @@ class AnalyticSums:
     def choose_ridge(self, previous: float | None = None) -> float:
         """Return the ridge, for `solve`, that the sums themselves find best.
 
-        With at least twice as many examples as features by generalised cross-validation:
+        With at least twice as many examples as features (as the first 1,000 of them, which
+        stand for all where there are more) by generalised cross-validation:
         the least RSS / (N - df)^2, with residuals and the trace of the hat matrix from the
         sums (the trace estimated with a few random vectors where M is large). Where it is flat
         the lowest ridge of a decade is taken: shrinking costs accuracy before it costs

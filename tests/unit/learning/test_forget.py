@@ -37,7 +37,7 @@ def assert_same_head(one: Learner, other: Learner) -> None:
     assert torch.equal(one.sums.counts, other.sums.counts)
     mine, its = one.model.analytic, other.model.analytic
     assert torch.equal(mine.mode_class, its.mode_class)
-    assert torch.equal(mine.weights_MK, its.weights_MK)
+    torch.testing.assert_close(mine.weights_MK, its.weights_MK, rtol=1e-5, atol=1e-7)
 
 
 def test_what_an_update_brought_can_be_taken_out_as_if_it_had_never_been(parent):
@@ -88,9 +88,7 @@ def test_estimated_sums_are_not_taken_from(parent):
 def test_examples_of_another_update_are_refused(parent, update):
     learner = fast(parent, joined(STAYS, GOES))
 
-    with pytest.raises(
-        LearningError, match=rf"update {update} brought no examples of some.*0 to 1"
-    ):
+    with pytest.raises(LearningError, match=rf"update {update} brought no examples.*0 to 1"):
         forget(learner, GOES, update, SETTINGS.analytic)
 
 
