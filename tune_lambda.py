@@ -25,6 +25,9 @@ def main(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")
     ] = None,
+    fraction: Annotated[
+        float, typer.Option(help="Share of the new examples to train on: 0.1 is a dry run.")
+    ] = 1.0,
     best: Annotated[Path, typer.Option(help="Config to write, for train_job.py --config.")] = Path(
         "runs/best.yaml"
     ),
@@ -37,7 +40,11 @@ def main(
     with reported_errors():
         settings = load_config(config, tuple(set_ or ()))
         found = sweep(
-            settings, open_store(settings.store), run_id=new_run_id(time.time()), now_s=time.time
+            settings,
+            open_store(settings.store),
+            run_id=new_run_id(time.time()),
+            now_s=time.time,
+            fraction=fraction,
         )
         # Every setting of the trials, so that the winner is trained as it was tried.
         write_config(found, best, settings.model_dump(mode="json"))

@@ -24,9 +24,9 @@ def forget(learner: Learner, examples: Labelled, update: int, config: AnalyticCo
     """Return the learner without examples that one of its trainings brought.
 
     Exact for the analytic head: its sums are to the bit those of a learner that never had them,
-    and so is the head at the same ridge, but for rounding. Copies in the memory go too. The backbone, the trained head,
-    the Fisher and the ridge were found with the help of the examples and stay; where that is
-    too much, train a base version without them.
+    and so is the head at the same ridge, but for rounding. Copies in the memory go too. The
+    backbone, the trained head, the Fisher and the ridge were found with the help of the
+    examples and stay; where that is too much, train a base version without them.
 
     Args:
         learner: Stays as it is.
