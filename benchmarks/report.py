@@ -67,8 +67,7 @@ def main(
         path = results / name
         if path.exists():
             report = json.loads(path.read_text(encoding="utf-8"))
-            command = report["setup"].get("command", "")
-            parts.append(f"\n## {title}\n\n    {command}\n\n{_flat(report)}\n")
+            parts.append(f"\n## {title}\n\n{_said(report['setup'])}\n\n{_flat(report)}\n")
     (docs / "benchmarks.md").write_text("\n".join(parts), encoding="utf-8")
     print(f"written {docs / 'benchmarks.md'}")
 
@@ -168,6 +167,9 @@ def _flat(report: dict[str, Any]) -> str:
         if isinstance(value, dict):
             for key, inner in value.items():
                 walk(f"{prefix} {key}".strip(), inner)
+        elif isinstance(value, list) and all(isinstance(inner, dict) for inner in value):
+            for number, inner in enumerate(value, start=1):
+                walk(f"{prefix.removesuffix('s')} {number}", inner)
         elif isinstance(value, float):
             rows.append([prefix.replace("_", " "), f"{value:.3g}"])
         elif isinstance(value, int) and not isinstance(value, bool):

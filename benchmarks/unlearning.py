@@ -10,9 +10,6 @@ erased examples, their subtraction from the sums, and the solution.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from common import set_up, write
 from torch import Tensor
 
 from lifelong_ray.learning.analytic import AnalyticSums, LiveHead
@@ -64,19 +62,13 @@ def main(
     if not 0 < erase < len(train[0]):
         raise typer.BadParameter(f"--erase must be between 1 and {len(train[0]) - 1}, not {erase}")
     runs = [_measured(train, test, features, erase, seed) for seed in range(seeds)]
-    setup = {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "data": data.name,
-        "num_train_examples": len(train[0]),
-        "num_features": features,
-        "num_erased": erase,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"setup": setup, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+    setup = set_up(
+        data=data.name,
+        num_train_examples=len(train[0]),
+        num_features=features,
+        num_erased=erase,
+    )
+    write(out, {"setup": setup, "runs": runs})
     print(_table(runs, setup))
 
 
