@@ -82,8 +82,10 @@ def main(
     budgets: Annotated[
         str, typer.Option(help="Shares of full's seconds for default and the warm control.")
     ] = "0.05,0.1,0.2",
-    num_features: Annotated[int, typer.Option(help="Of the analytic head.")] = 3_000,
-    source: Annotated[str, typer.Option(help="As analytic.source.")] = "auto",
+    num_features: Annotated[int, typer.Option(help="Of the analytic head.")] = 5_000,
+    source: Annotated[
+        str, typer.Option(help="As analytic.source; empty: stages, where the model can.")
+    ] = "",
     class_balance: Annotated[float, typer.Option(help="As analytic.class_balance.")] = 0.5,
     shots: Annotated[
         int, typer.Option(help="Images of each new class that there are; 0 means all.")
@@ -97,6 +99,7 @@ def main(
 ) -> None:
     """Measure updates against full retraining and against warm epochs."""
     arrays = load_arrays(data, fraction)
+    source = source or ("stages" if model in ("convnet", "resnet20", "resnet32") else "auto")
     scenario = grow(arrays, new_classes.split(","))
     height, channels = arrays.train_images.shape[1], arrays.train_images.shape[3]
     config = ModelConfig(

@@ -38,7 +38,7 @@ squares are added up over them too."""
 _MAX_BYTES_ON_CPU, _MAX_BYTES_ON_DEVICE = 100_000_000, 2_000_000_000
 # Of a processor: products of a few examples that stay in its second-level cache are squared
 # and added up twice as fast as those of a whole batch.
-_CACHE_BYTES = 500_000
+_CACHE_BYTES = 2_000_000
 _MAX_BATCH = 512
 _MIN_INPUTS_PER_PRODUCT = 32
 _FEW_POSITIONS, _EXAMPLES_PER_PAIRS = 4, 64
@@ -83,7 +83,12 @@ def sums_of_squares(
     budget = max_bytes or (_MAX_BYTES_ON_CPU if on_cpu else _MAX_BYTES_ON_DEVICE)
     whole = _Whole(_Logits(model, start), weights)
     with torch.autocast(model.device.type, enabled=False), _full_precision(model.device):
-        by_layer = _ByLayer(model, start, weights, min(budget, _CACHE_BYTES) if on_cpu else budget)
+        by_layer = _ByLayer(
+            model,
+            start,
+            weights,
+            min(budget, _CACHE_BYTES * torch.get_num_threads()) if on_cpu else budget,
+        )
         try:
             bytes_per_example = _check(by_layer, whole, _entering(model, inputs[:1]))
         except _NotByLayerError as reason:
@@ -279,6 +284,11 @@ def _add_products(total_X: Tensor, left_NOL: Tensor, right_NLK: Tensor, chunk_by
     per_product = total_X.numel() // (num_outputs * num_inputs)
     if num_positions <= _FEW_POSITIONS and per_product == 1:
         total_X += _squares_over_pairs(left_NOL, right_NLK).view(-1)
+        return
+    if num_inputs < num_outputs:  # Products with few columns are slow, those with few rows not.
+        turned = torch.zeros_like(total_X)
+        _add_products(turned, right_NLK.transpose(1, 2), left_NOL.transpose(1, 2), chunk_bytes)
+        total_X += turned.view(-1, num_inputs, num_outputs).transpose(1, 2).flatten()
         return
     chunk = max(1, chunk_bytes // (4 * num_outputs * num_inputs)) * per_product
     products = left_NOL.new_empty(min(chunk, num), num_outputs, num_inputs)
