@@ -60,7 +60,7 @@ class Pace:
     rate: float = 40.0
     calm_s: float = 5.0
     changed_s: float = 45.0
-    num_operator: int = 80
+    num_operator: int = 120
 
 
 @dataclass(frozen=True)
