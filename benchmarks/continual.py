@@ -311,7 +311,7 @@ def main(
     iterations: Annotated[int, typer.Option(help="Gradient steps per experience.")] = 250,
     memory_per_class: Annotated[int, typer.Option(help="Stored images per class.")] = 100,
     batch_size: Annotated[int, typer.Option(help="New examples per step.")] = 128,
-    lambda_ewc: Annotated[float, typer.Option(help="Of the method ewc.")] = 3e5,
+    lambda_ewc: Annotated[float, typer.Option(help="Of the method ewc.")] = 1e6,
     precision: Annotated[
         str, typer.Option(help="fp32, bf16, or auto: bf16 where the processor computes in it.")
     ] = "auto",
