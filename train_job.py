@@ -33,7 +33,7 @@ def main(
     ] = None,
     base: Annotated[bool, typer.Option(help="Train a base version from data.source.")] = False,
     fraction: Annotated[
-        float | None, typer.Option(help="With --base: share of the source; 0.1 is a dry run.")
+        float | None, typer.Option(help="Share of the examples to use: 0.1 is a dry run.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     resume: Annotated[
@@ -56,11 +56,6 @@ def main(
         overrides.append(f"learning.base.precision={precision}")
         overrides.append(f"learning.update.trainer.precision={precision}")
     with reported_errors():
-        if fraction is not None and not (base or run or resume):
-            raise ConfigError(
-                "--fraction is a share of data.source, which an update does not read: it learns "
-                "what the log has gained; leave it out, or train a base version with --base"
-            )
         settings = load_config(config, tuple(overrides))
         store = open_store(settings.store)
         run_id = run or resume or new_run_id(time.time())

@@ -25,6 +25,7 @@ from lifelong_ray.examples import (
     put_once,
     snapshot_of,
     split_validation,
+    thinned,
     used_by,
     without_thin_classes,
     write_examples,
@@ -227,6 +228,8 @@ def prepare(
         [e for e in curation.training if e.label in class_names],
         config.learning.update.validation_share,
     )
+    if parent is not None:  # The images of a base training are thinned where they are loaded.
+        training = thinned(training, config.data.fraction)
     holdout = tuple(e for e in curation.holdout if e.label in class_names)
     job = FitJob(
         kind="base" if parent is None else "update",

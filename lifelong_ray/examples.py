@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -106,6 +107,19 @@ def arrays_of(
     for i, example in enumerate(examples):
         images[i] = to_model_input(example.pixels, size, channels)
     return Arrays(images, np.array([index[e.label] for e in examples], np.int64))
+
+
+def thinned(examples: Sequence[Example], fraction: float) -> list[Example]:
+    """Return a share of every class's examples, at least one of each, by content hash.
+
+    The same examples whenever the same are given, in whichever order.
+    """
+    if fraction == 1:
+        return list(examples)
+    by_label: dict[str, list[Example]] = {}
+    for example in sorted(examples, key=lambda e: e.content_hash):
+        by_label.setdefault(example.label, []).append(example)
+    return [e for mine in by_label.values() for e in mine[: math.ceil(fraction * len(mine))]]
 
 
 def split_validation(

@@ -316,7 +316,7 @@ def test_an_update_runs_as_a_ray_job(shell: Shell, served: Served, ray_session: 
         *(str(BIN / "ray"), "job", "submit", "--address", ray_session.dashboard_url),
         *("--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": variables})),
         *("--", sys.executable, "train_job.py", "--config", "conf/local.yaml", "--no-release"),
-        *("--set", "learning.update.paths=fast"),
+        *("--set", "learning.update.paths=fast", "--fraction", "0.5"),
     )
 
     (version,) = set(Registry(shell.store).versions()) - set(before)

@@ -12,6 +12,7 @@ from lifelong_ray.examples import (
     put_once,
     snapshot_of,
     split_validation,
+    thinned,
     used_by,
     without_thin_classes,
     write_examples,
@@ -180,3 +181,16 @@ def test_a_hold_out_share_of_everything_leaves_nothing_to_train() -> None:
 
     assert found.training == ()
     assert len(found.holdout) == 5
+
+
+def test_a_dry_run_takes_a_share_of_every_class_whatever_the_order() -> None:
+    rows = examples_of(["a"] * 9 + ["b"] * 2 + ["c"])
+
+    some = thinned(rows, 0.5)
+
+    labels = sorted(example.label for example in some)
+    assert labels == ["a"] * 5 + ["b", "c"]
+    hashes = [example.content_hash for example in some]
+    again = [example.content_hash for example in thinned(rows[::-1], 0.5)]
+    assert sorted(again) == sorted(hashes)
+    assert thinned(rows, 1.0) == rows
