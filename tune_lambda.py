@@ -26,8 +26,8 @@ def main(
         list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")
     ] = None,
     fraction: Annotated[
-        float, typer.Option(help="Share of the new examples to train on: 0.1 is a dry run.")
-    ] = 1.0,
+        float | None, typer.Option(help="Share of the new examples to use: 0.1 is a dry run.")
+    ] = None,
     best: Annotated[Path, typer.Option(help="Config to write, for train_job.py --config.")] = Path(
         "runs/best.yaml"
     ),
@@ -38,13 +38,14 @@ def main(
 ) -> None:
     """Find the lambda_ewc and learning rate that learn most and keep enough."""
     with reported_errors():
-        settings = load_config(config, tuple(set_ or ()))
+        overrides = tuple(set_ or ())
+        settings = load_config(config, overrides)
+        # Of the trials alone: the winner is for an update with everything.
+        tried = settings
+        if fraction is not None:
+            tried = load_config(config, (*overrides, f"data.fraction={fraction}"))
         found = sweep(
-            settings,
-            open_store(settings.store),
-            run_id=new_run_id(time.time()),
-            now_s=time.time,
-            fraction=fraction,
+            tried, open_store(settings.store), run_id=new_run_id(time.time()), now_s=time.time
         )
         # Every setting of the trials, so that the winner is trained as it was tried.
         write_config(found, best, settings.model_dump(mode="json"))

@@ -249,7 +249,7 @@ class AnalyticSums:
             mode_class=self.mode_class[first_of],
         )
         new_K = new_K.to(self.mode_class.device)
-        return replace(merged, history=_moved(self.history, new_K)), new_K
+        return replace(merged, history=history_after(self.history, new_K)), new_K
 
     def decayed(self, factor: float) -> AnalyticSums:
         """Return the sums with every example's weight multiplied by `factor`."""
@@ -641,8 +641,8 @@ def _float_sums(
     return gram, sums_MK
 
 
-def _moved(history_UC: Tensor, new_K: Tensor) -> Tensor:
-    """The history after modes were put together."""
+def history_after(history_UC: Tensor, new_K: Tensor) -> Tensor:
+    """Return the history after modes were put together; `new_K` is each old mode's new one."""
     return torch.where(history_UC < 0, history_UC, new_K[history_UC.clamp(min=0)])
 
 

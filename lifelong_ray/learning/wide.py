@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from lifelong_ray.config import AnalyticConfig, LearningConfig, ModelConfig
-from lifelong_ray.learning.analytic import AnalyticSums, choose_sharpness, class_scores
+from lifelong_ray.learning.analytic import (
+    AnalyticSums,
+    choose_sharpness,
+    class_scores,
+    history_after,
+)
 from lifelong_ray.learning.collective import Collective
 from lifelong_ray.learning.evaluate import accuracy, clearly_better, fit_temperature
 from lifelong_ray.learning.model import Classifier, Head, Seen, Source
@@ -223,7 +228,7 @@ def _alike_put_together(sums: AnalyticSums, weights_MK: Tensor) -> tuple[Analyti
         class_sums=sums.class_sums @ together_KJ,
         counts=sums.counts @ together_KJ,
         mode_class=sums.mode_class[first],
-        history=torch.where(sums.history < 0, sums.history, place_K[sums.history.clamp(min=0)]),
+        history=history_after(sums.history, place_K),
     )
     return merged, weights_MK @ together_KJ.float()
 

@@ -7,13 +7,11 @@ keeps what must be kept.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 import yaml
@@ -23,12 +21,12 @@ from ray.tune.search.optuna import OptunaSearch
 
 from lifelong_ray.config import Config
 from lifelong_ray.cycle import Turn, judge, prepare_update
-from lifelong_ray.fitting import Arrays, fit_alone
+from lifelong_ray.fitting import fit_alone
 from lifelong_ray.learning import Fisher, Learner, estimate_fisher
 from lifelong_ray.learning.fisher import Estimator
 from lifelong_ray.on_ray.training import ensure_ray, storage_path
 from lifelong_ray.storage import Store
-from lifelong_ray.types import ConfigError, LearningError
+from lifelong_ray.types import LearningError
 
 _LAMBDA = "lambda_ewc"
 _LEARNING_RATE = "learning_rate"
@@ -109,22 +107,14 @@ class Sweep:
         }
 
 
-def sweep(
-    config: Config,
-    store: Store,
-    *,
-    run_id: str,
-    now_s: Callable[[], float],
-    fraction: float = 1.0,
-) -> Sweep:
+def sweep(config: Config, store: Store, *, run_id: str, now_s: Callable[[], float]) -> Sweep:
     """Try settings of the slow path on the new examples in the log.
 
     Every estimator in ``tuning.estimators`` has a search of its own: how large importance is
     differs between them by orders of magnitude, so that a weight found with one says nothing
     about another (van de Ven 2025, arXiv:2502.11756). Only trials of the stable version's own
     estimator can win, as its Fisher is what an update will weigh. For the others that Fisher
-    is estimated anew on the remembered examples. With `fraction` below 1 the trials train on
-    that share of every class's new examples: a dry run.
+    is estimated anew on the remembered examples.
 
     Raises:
         DataError: If there is nothing new to learn.
@@ -133,8 +123,6 @@ def sweep(
     """
     config = _slow_only(config)
     turn = prepare_update(config, store, run_id=run_id, now_s=now_s)
-    fewer = thinned(turn.job.training, fraction, config.learning.seed)
-    turn = replace(turn, job=replace(turn.job, training=fewer))
     if not len(turn.job.validation):
         raise LearningError(
             "a sweep needs validation examples to compare its trials by; "
@@ -158,24 +146,6 @@ def sweep(
     own = [trial for trial in trials if trial.estimator == parent.fisher.estimator]
     min_retention = config.tuning.min_retention
     return Sweep(tuple(trials), choose_best(own, min_retention), min_retention)
-
-
-def thinned(examples: Arrays, fraction: float, seed: int) -> Arrays:
-    """Return a share of every class's examples, drawn at random; at least one of each.
-
-    >>> labels = np.array([0, 0, 0, 0, 1])
-    >>> thinned(Arrays(np.zeros((5, 1, 8, 8), np.uint8), labels), 0.5, seed=0).labels.tolist()
-    [0, 0, 1]
-    """
-    if not 0 < fraction <= 1:
-        raise ConfigError(f"the fraction is {fraction}; it must be above 0 and at most 1")
-    order = np.random.default_rng(seed).permutation(len(examples))
-    kept: list[int] = []
-    for label in np.unique(examples.labels):
-        mine = order[examples.labels[order] == label]
-        kept += mine[: math.ceil(fraction * len(mine))].tolist()
-    rows = np.sort(np.array(kept, dtype=np.int64))
-    return Arrays(examples.images[rows], examples.labels[rows])
 
 
 def estimators_to_try(wanted: Sequence[Estimator], own: Estimator) -> tuple[Estimator, ...]:

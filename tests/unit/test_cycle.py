@@ -261,6 +261,21 @@ def test_an_update_learns_two_new_classes_and_offers_v1_1(store: MemoryStore) ->
     assert learned == set(NEW)
 
 
+def test_a_dry_run_of_an_update_trains_on_a_share_of_every_class(store: MemoryStore) -> None:
+    send(store, bars(("4", "5"), 24, seed=2))
+    half = CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"fraction": 0.5})})
+
+    whole = update(copied(store))
+    dry = update(store, config=half)
+
+    assert whole.num_training // 2 <= dry.num_training <= whole.num_training // 2 + 2
+    assert (dry.num_validation, dry.num_holdout) == (whole.num_validation, whole.num_holdout)
+    assert {row["label"] for row in rows_of(store, dry.run_id) if row["split"] == "training"} == {
+        "4",
+        "5",
+    }
+
+
 def test_an_update_does_not_learn_again_what_its_ancestors_learned(store: MemoryStore) -> None:
     send(store, bars(NEW, 25, seed=2))
     update(store, "run-1")

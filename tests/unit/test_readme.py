@@ -64,7 +64,7 @@ def script(name: str) -> click.Command:
 
 def subcommands() -> dict[str, click.Command]:
     group = typer.main.get_command(cli.app)
-    commands: dict[str, click.Command] = group.commands  # type: ignore[attr-defined]
+    commands: dict[str, click.Command] = group.commands  # type: ignore[attr-defined]  # of a click group
     return commands
 
 

@@ -44,7 +44,7 @@ def curated(
 
 
 def labels(examples: tuple[object, ...]) -> list[tuple[str, str]]:
-    return [(e.content_hash, e.label) for e in examples]  # type: ignore[attr-defined]
+    return [(e.content_hash, e.label) for e in examples]  # type: ignore[attr-defined]  # of any curation
 
 
 def test_a_vote_becomes_a_training_example() -> None:

@@ -57,7 +57,7 @@ class Stage:
 
     def ask(self, verb: str, **what: Any) -> None:
         self.desk.request(
-            Intent(verb=verb, actor="ann", at_s=self.now_s, **what)  # type: ignore[arg-type]
+            Intent(verb=verb, actor="ann", at_s=self.now_s, **what)  # type: ignore[arg-type]  # any field
         )
 
     def start(self, **what: Any) -> None:

@@ -28,11 +28,10 @@ from lifelong_ray.on_ray.tuning import (
     choose_best,
     draw,
     pareto_front,
-    thinned,
     write_config,
 )
 from lifelong_ray.release import Registry
-from lifelong_ray.types import ConfigError, LearningError
+from lifelong_ray.types import LearningError
 from tests.fakes import MemoryStore
 from tests.unit.on_ray.world import settings
 
@@ -256,22 +255,3 @@ def test_the_picture_is_a_png_with_failed_trials_left_out(tmp_path: Path):
     with Image.open(tmp_path / "new" / "trials.png") as picture:
         assert picture.format == "PNG"
         assert picture.size == (880, 550)
-
-
-@pytest.mark.parametrize(("fraction", "expected"), [(1.0, [9, 4, 1]), (0.25, [3, 1, 1])])
-def test_a_dry_run_trains_on_a_share_of_every_class(fraction, expected):
-    labels = np.repeat(np.arange(3), [9, 4, 1])
-    images = np.arange(14, dtype=np.uint8).reshape(14, 1, 1, 1)
-
-    fewer = thinned(Arrays(images, labels), fraction, seed=0)
-
-    assert np.bincount(fewer.labels).tolist() == expected
-    assert (labels[fewer.images[:, 0, 0, 0]] == fewer.labels).all()
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.5, -1.0])
-def test_a_dry_run_of_no_share_is_refused(fraction):
-    arrays = Arrays(np.zeros((2, 1, 1, 1), np.uint8), np.array([0, 1]))
-
-    with pytest.raises(ConfigError, match=f"the fraction is {fraction}"):
-        thinned(arrays, fraction, seed=0)

@@ -61,7 +61,7 @@ def test_evidence_for_and_against_mirror_each_other(pairs: Pairs, margin: float)
 @given(st.lists(st.builds(Pairs, counts, counts, counts), max_size=5), st.randoms())
 def test_evidence_merges_over_replicas_in_any_order(parts: list[Pairs], random: object) -> None:
     shuffled = list(parts)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)  # type: ignore[attr-defined]  # Hypothesis draws it
 
     assert sum(parts, Pairs()) == sum(shuffled, Pairs())
 
