@@ -121,6 +121,7 @@ def method(name: str, protocol: Protocol, seed: int, labels_per_class: int) -> M
             "paths": "slow",
             "frozen_stages": 0,
             "labels_compete": compete,
+            "logit_adjustment": 0,
             "trainer": trainer,
             "ewc": EwcConfig(lambda_ewc=0, num_fisher_examples=0, num_update_fisher_examples=0),
             "distillation": DistillationConfig(weight=0),
@@ -143,6 +144,7 @@ def method(name: str, protocol: Protocol, seed: int, labels_per_class: int) -> M
             replaying,
             wide=_WIDE,
             paths="default",
+            logit_adjustment=1,
             replay=ReplayConfig(
                 memory_per_class=kept - held_out * labels_per_class, share=0.5, dark_weight=0.2
             ),

@@ -83,7 +83,11 @@ class AnalyticHead(nn.Module):
 
     def forward(self, inputs_NW: Tensor, num_classes: int) -> Tensor:
         """Return logits (N, C)."""
-        return self.together(self.widening(inputs_NW) @ self.weights_MK, num_classes)
+        return self.of_random(self.widening(inputs_NW), num_classes)
+
+    def of_random(self, features_NM: Tensor, num_classes: int) -> Tensor:
+        """Return logits (N, C) for random features in floating point."""
+        return self.together(features_NM @ self.weights_MK, num_classes)
 
     def together(self, scores_NK: Tensor, num_classes: int) -> Tensor:
         """Return logits (N, C) for scores by mode."""
@@ -270,17 +274,21 @@ class Classifier(nn.Module):
             logits_NC = logits_NC + branch.head(part)
         return logits_NC
 
-    def answer(self, seen: Seen) -> Tensor:
-        """Return logits (N, C) of the active head."""
+    def answer(self, seen: Seen, random_NM: Tensor | None = None) -> Tensor:
+        """Return logits (N, C) of the active head.
+
+        Args:
+            seen: What the heads look at.
+            random_NM: The random features that follow from it, where they are known already.
+        """
+        if self.active_head == "linear":
+            return self.logits_of(seen.features)
+        if random_NM is None:
+            random_NM = self.analytic.widening(seen.wide)
+        analytic_NC = self.analytic.of_random(random_NM.float(), self.num_classes)
         if self.active_head == "analytic":
-            logits_NC: Tensor = self.analytic(seen.wide, self.num_classes)
-            return logits_NC
-        logits_NC = self.logits_of(seen.features)
-        if self.active_head == "both":
-            logits_NC = logits_NC + self.analytic_weight * self.analytic(
-                seen.wide, self.num_classes
-            )
-        return logits_NC
+            return analytic_NC
+        return self.logits_of(seen.features) + self.analytic_weight * analytic_NC
 
     def forward(self, images: Tensor) -> Tensor:
         """Return uncalibrated logits (N, C) of the active head for uint8 images."""

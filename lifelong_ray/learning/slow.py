@@ -13,7 +13,7 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ from lifelong_ray.learning.trainer import Rivals, TrainReport, train
 from lifelong_ray.learning.wide import (
     Answering,
     Inputs,
+    answers,
+    answers_and_random_features,
     choose_answering,
     fit_widening,
     look,
@@ -111,7 +113,8 @@ def fit_slow(
     if expand:
         model.expand(depth)
         model.freeze_but_last_branch()
-    inputs, labels, trained = _train(parent, model, training, depth, config, run)
+    lesson = _train(parent, model, training, depth, config, run)
+    inputs, labels, trained = lesson.inputs, lesson.labels, lesson.report
     extra_seconds = watch.lap() - trained.seconds
     model.eval()
     model.requires_grad_(True)
@@ -123,7 +126,7 @@ def fit_slow(
         sums, ridge = fast.learner.sums, fast.learner.ridge
         model.analytic = copy.deepcopy(fast.learner.model.analytic).to(run.device)
     else:
-        sums, ridge = _sums_after(parent, model, inputs, labels, num_new, config, run)
+        sums, ridge = _sums_after(parent, model, lesson, num_new, config, run)
     outdated = not len(parent.memory) and not _same_features(parent, model)
     outdated = outdated or bool(update.pseudo_features)
     stands_for_N = torch.ones(len(labels), dtype=torch.float64)
@@ -157,6 +160,24 @@ def fit_slow(
     return Fit(learner, report, answering.right)
 
 
+@dataclass(frozen=True, eq=False)
+class _Lesson:
+    """What the network was trained on, and how that went.
+
+    Attributes:
+        inputs: New examples, then remembered or made-up old ones (N, ...).
+        labels: Their classes (N,).
+        report: Of the training.
+        random_before: The parent's random features of `inputs` (N, M), where its sums are to be
+            carried over.
+    """
+
+    inputs: Inputs
+    labels: Tensor
+    report: TrainReport
+    random_before: Tensor | None
+
+
 def _train(
     parent: Learner,
     model: Classifier,
@@ -164,10 +185,18 @@ def _train(
     depth: int,
     config: LearningConfig,
     run: Run,
-) -> tuple[Inputs, Tensor, TrainReport]:
-    """Train `model` as the update's settings say; return on what, with which labels, and how."""
+) -> _Lesson:
+    """Train `model` as the update's settings say."""
     update, num_new = config.update, len(training[1])
     inputs, labels = _entering(parent, model, training, depth, update)
+    # What the parent makes of the examples is looked at once, for both who need it.
+    teacher_NC, before_NM = None, None
+    teacher = parent.model.copy().to(run.device)
+    if _carries_sums(parent, model, config):
+        teacher_NC, before_NM = answers_and_random_features(teacher, inputs)
+    elif update.distillation.weight:
+        teacher_NC = answers(teacher, inputs)
+    plan = _plan(parent, num_new, len(labels), update)
     trained = train(
         model,
         inputs.tensor,
@@ -175,15 +204,16 @@ def _train(
         config=update.trainer,
         seed=config.seed,
         clock=run.clock,
-        terms=update_terms(parent, model, inputs, labels, update),
-        batches=_plan(parent, num_new, len(labels), update),
+        terms=update_terms(parent, model, labels, update, teacher_NC),
+        batches=plan,
         start=inputs.start,
         rivals=_rivals(parent, training[1], len(labels), model.num_classes, update),
+        class_offsets=_class_offsets(labels, plan, model.num_classes, update.logit_adjustment),
         collective=run.collective,
         resume=run.resume,
         on_epoch=run.on_epoch,
     )
-    return inputs, labels, trained
+    return _Lesson(inputs, labels, trained, before_NM)
 
 
 def _choices(
@@ -416,6 +446,25 @@ def _plan(parent: Learner, num_new: int, num_all: int, update: UpdateConfig) -> 
     )
 
 
+def _class_offsets(
+    labels: Tensor, plan: BatchPlan, num_classes: int, strength: float
+) -> Tensor | None:
+    """What makes up for classes that are shown more often than others, for each of them.
+
+    The logarithm of its share of an epoch, so that what the logits learn is the rest: how an
+    image looks. A class that is not shown counts as one that is shown once.
+
+    Source: Menon et al. 2021, Long-tail learning via logit adjustment, arXiv:2007.07314, eq. 10.
+    """
+    if not strength:
+        return None
+    shown_N = torch.cat(plan(generator_for(0, "class shares")))
+    counts_C = torch.bincount(labels[shown_N], minlength=num_classes).clamp(min=1)
+    if bool((counts_C == counts_C[0]).all()):
+        return None
+    return strength * (counts_C / counts_C.sum()).log()
+
+
 def _rivals(
     parent: Learner, labels: Tensor, num_all: int, num_classes: int, update: UpdateConfig
 ) -> Rivals | None:
@@ -440,8 +489,7 @@ def _rivals(
 def _sums_after(
     parent: Learner,
     model: Classifier,
-    inputs: Inputs,
-    labels: Tensor,
+    lesson: _Lesson,
     num_new: int,
     config: LearningConfig,
     run: Run,
@@ -449,33 +497,49 @@ def _sums_after(
     """Give the adapted backbone its analytic head; return its sums and ridge."""
     if not model.num_random_features:
         return parent.sums.grow(model.num_classes), 0.0
-    remembers = len(parent.memory) > 0 and not config.update.pseudo_features
+    inputs, labels = lesson.inputs, lesson.labels
     new_inputs, new_labels = inputs[:num_new], labels[:num_new]
     older = parent.sums.decayed(config.analytic.decay)
     if len(model.branches) > len(parent.model.branches) and model.analytic.source != "pixels":
         generator = generator_for(config.seed, "widening", len(model.branches))
         fit_widening(model, inputs, config.seed, generator)
+    new_NM = None
     if _same_features(parent, model):
         pass
-    elif remembers and config.analytic.decay == 1 and _keeps_everything(parent):
+    elif _rebuilds_sums(parent, config):
         # Nothing was left out of the memory: its sums are those of everything.
         older = _sums_of_memory(parent, model, inputs[num_new:], run)
-    elif remembers:
-        teacher = parent.model.copy().to(run.device)
-        older = carried_over(
-            older,
-            random_features(teacher, inputs),
-            random_features(model, inputs),
-            torch.arange(len(labels)) >= num_new,
-        )
+    elif lesson.random_before is not None:
+        after_NM = random_features(model, inputs)
+        is_old_N = torch.arange(len(labels)) >= num_new
+        older, new_NM = carried_over(older, lesson.random_before, after_NM, is_old_N), after_NM
     else:
         logger.warning(
             "the backbone has moved and nothing is remembered, so the analytic head's sums of "
             "old classes are of features that are no more; keep a memory"
         )
     sums, modes_N = with_modes(older, new_labels, model.num_classes, parent.num_updates + 1)
-    sums = sums.merge(take_sums(model, new_inputs, modes_N, sums, run.collective))
-    return solve(model, sums, config.analytic, parent.ridge)
+    more = take_sums(model, new_inputs, modes_N, sums, run.collective, known_NM=new_NM)
+    return solve(model, sums.merge(more), config.analytic, parent.ridge)
+
+
+def _carries_sums(parent: Learner, model: Classifier, config: LearningConfig) -> bool:
+    """Whether the parent's sums will be carried over to what training makes of the network."""
+    stays = not any(weight.requires_grad for weight in model.stages.parameters())
+    return (
+        model.num_random_features > 0
+        and model.analytic.source != "pixels"
+        and not (stays and len(model.branches) == len(parent.model.branches))
+        and len(parent.memory) > 0
+        and not config.update.pseudo_features
+        and not _rebuilds_sums(parent, config)
+    )
+
+
+def _rebuilds_sums(parent: Learner, config: LearningConfig) -> bool:
+    """Whether the parent's sums can be taken anew of the examples themselves."""
+    has_all = len(parent.memory) > 0 and _keeps_everything(parent)
+    return has_all and config.analytic.decay == 1 and not config.update.pseudo_features
 
 
 def _keeps_everything(parent: Learner) -> bool:

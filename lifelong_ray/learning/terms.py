@@ -24,29 +24,34 @@ logger = logging.getLogger(__name__)
 
 
 def update_terms(
-    parent: Learner, model: Classifier, inputs: Inputs, labels: Tensor, config: UpdateConfig
+    parent: Learner,
+    model: Classifier,
+    labels: Tensor,
+    config: UpdateConfig,
+    teacher_NC: Tensor | None,
 ) -> tuple[LossTerm, ...]:
     """Return the update's losses beside the labels' own; any subset works together.
 
     Args:
         parent: The version to stay close to.
         model: What is trained, on its device.
-        inputs: New examples, then the parent's remembered ones in their order.
-        labels: Their classes.
+        labels: Classes of the new examples, then of the parent's remembered ones in their order.
         config: The weights of the losses.
+        teacher_NC: What the parent answers to these; only distillation needs it.
     """
     terms: list[LossTerm] = []
     if config.ewc.lambda_ewc:
         terms += _ewc(parent, model, config)
     if config.distillation.weight:
-        terms.append(_distillation(parent, model, inputs, labels, config))
+        assert teacher_NC is not None
+        terms.append(_distillation(teacher_NC / parent.temperature, labels, config))
     if config.replay.dark_weight and config.pseudo_features:
         logger.warning(
             "made-up features have no stored logits, so replay.dark_weight %g has no effect",
             config.replay.dark_weight,
         )
     elif config.replay.dark_weight:
-        terms += _dark(parent, model, len(inputs), config)
+        terms += _dark(parent, model, len(labels), config)
     return tuple(terms)
 
 
@@ -200,23 +205,12 @@ def _ewc(parent: Learner, model: Classifier, config: UpdateConfig) -> list[LossT
 
 
 @torch.no_grad()
-def _distillation(
-    parent: Learner, model: Classifier, inputs: Inputs, labels: Tensor, config: UpdateConfig
-) -> ExampleTerm:
-    teacher = parent.model.copy().to(model.device)
-    seen = look(teacher, inputs)
-    teacher_NC = torch.cat(
-        [
-            teacher.answer(type(seen)(f.to(model.device), w.to(model.device)))
-            for f, w in zip(seen.features.split(4_096), seen.wide.split(4_096), strict=True)
-        ]
-    )
-    teacher_NC = teacher_NC / parent.temperature
-    worth_N = torch.ones(len(labels), device=model.device)
+def _distillation(teacher_NC: Tensor, labels: Tensor, config: UpdateConfig) -> ExampleTerm:
+    worth_N = torch.ones(len(labels), device=teacher_NC.device)
     if config.distillation.only_where_right:
         # Where the teacher is wrong, as on drifted images or on classes it never knew, its
         # answer is what must change.
-        worth_N = (teacher_NC.argmax(1) == labels.to(model.device)).float()
+        worth_N = (teacher_NC.argmax(1) == labels.to(teacher_NC.device)).float()
     temperature = config.distillation.temperature
 
     def loss(logits_BC: Tensor, positions: Tensor) -> Tensor:

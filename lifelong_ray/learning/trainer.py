@@ -152,6 +152,7 @@ def train(
     batches: Callable[[torch.Generator], list[Tensor]] | None = None,
     start: int = 0,
     rivals: Rivals | None = None,
+    class_offsets: Tensor | None = None,
     collective: Collective | None = None,
     validate: Callable[[Classifier], float] | None = None,
     resume: bytes | None = None,
@@ -174,6 +175,7 @@ def train(
             None means random batches of `config.batch_size`.
         start: Stages that `inputs` have passed already.
         rivals: Which classes compete; None means all.
+        class_offsets: Added to the logits in the labels' loss alone (C,); None means nothing.
         collective: The workers; None means this one alone.
         validate: Gives an accuracy after every epoch.
         resume: Bytes of a checkpoint of this very training.
@@ -190,7 +192,7 @@ def train(
             f"activations of stage {start} cannot be moved as images are; pass the images, "
             "or set max_shift_px to 0 and mirror to false"
         )
-    data = _Data(inputs, labels, start, rivals)
+    data = _Data(inputs, labels, start, rivals, class_offsets)
     group = collective or Alone()
     rate = config.learning_rate
     if not rate:
@@ -230,6 +232,7 @@ class _Data:
     labels: Tensor
     start: int
     rivals: Rivals | None
+    class_offsets: Tensor | None
 
 
 class _Loop:
@@ -418,9 +421,11 @@ class _Loop:
             logits_BC = self._model.trained_logits(inputs, start=data.start)
         labels_B = data.labels[positions].to(device)
         rivalled_BC = logits_BC
+        if data.class_offsets is not None:
+            rivalled_BC = logits_BC + data.class_offsets.to(device)
         if data.rivals is not None:
             allowed_BC = data.rivals.allowed[data.rivals.group[positions]].to(device)
-            rivalled_BC = logits_BC.masked_fill(~allowed_BC, -math.inf)
+            rivalled_BC = rivalled_BC.masked_fill(~allowed_BC, -math.inf)
         size = len(batch_B)
         losses = [F.cross_entropy(rivalled_BC, labels_B, reduction="sum") / size]
         losses += [
@@ -538,11 +543,16 @@ class _Loop:
         return {
             **self._config.model_dump(mode="json"),
             "seed": self._seed,
+            "class offsets": _listed(self._data.class_offsets),
             "number of examples": len(self._data.inputs),
             "steps per epoch": self._steps_per_epoch,
             "weights": [list(weight.shape) for weight in self._weights],
             "terms": [f"{t.name}={t.weight:g}" for t in self._example_terms + self._weight_terms],
         }
+
+
+def _listed(values: Tensor | None) -> list[float] | None:
+    return None if values is None else values.tolist()
 
 
 def _optimizer(weights: list[nn.Parameter], config: TrainerConfig) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ Axes: N examples, C classes, K modes, M random features, W inputs of the analyti
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,10 +88,7 @@ def source_for(model: ModelConfig, learning: LearningConfig) -> Source:
 def look(model: Classifier, inputs: Inputs) -> Seen:
     """Return what both heads look at, on the CPU, for all of `inputs`."""
     features, wide = [], []
-    for first in range(0, len(inputs), _ROWS):
-        piece = inputs[first : first + _ROWS]
-        tensor, pixels = _placed(model, piece)
-        seen = model.see(tensor, start=piece.start, pixels=pixels)
+    for seen in _seen_by_pieces(model, inputs):
         features.append(seen.features.cpu())
         wide.append(seen.wide.cpu())
     return Seen(torch.cat(features), torch.cat(wide))
@@ -117,6 +115,8 @@ def take_sums(
     room: AnalyticSums,
     group: Collective,
     weights_N: Tensor | None = None,
+    *,
+    known_NM: Tensor | None = None,
 ) -> AnalyticSums:
     """Return the sums over all examples, of which each worker takes its share.
 
@@ -127,11 +127,16 @@ def take_sums(
         room: Sums whose modes and classes are meant; their values do not count.
         group: The workers.
         weights_N: How many examples each one stands for; None means one.
+        known_NM: Their random features, where they are known; may have more rows behind.
     """
     total: AnalyticSums | None = None
     for first in range(group.rank * _SUMS_ROWS, len(inputs), group.world_size * _SUMS_ROWS):
         rows = slice(first, first + _SUMS_ROWS)
-        features_NM = random_features(model, inputs[rows])
+        piece = inputs[rows]
+        if known_NM is None:
+            features_NM = random_features(model, piece)
+        else:
+            features_NM = known_NM[first : first + len(piece)]
         weights = None if weights_N is None else weights_N[rows]
         more = AnalyticSums.of(
             features_NM, modes_N[rows], room.num_classes, weights, mode_class=room.mode_class
@@ -157,6 +162,31 @@ def random_features(model: Classifier, inputs: Inputs) -> Tensor:
             for piece in (inputs[i : i + _ROWS] for i in range(0, len(inputs), _ROWS))
         ]
     )
+
+
+@torch.no_grad()
+def answers(model: Classifier, inputs: Inputs) -> Tensor:
+    """Return the active head's logits (N, C) for all of `inputs`, on the model's device."""
+    return torch.cat([model.answer(seen) for seen in _seen_by_pieces(model, inputs)])
+
+
+@torch.no_grad()
+def answers_and_random_features(model: Classifier, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return what `answers` and `random_features` do, in one pass through the backbone."""
+    logits, random = [], []
+    for seen in _seen_by_pieces(model, inputs):
+        features_NM = model.analytic.widening.integers(seen.wide)
+        logits.append(model.answer(seen, features_NM))
+        random.append(features_NM.cpu())
+    return torch.cat(logits), torch.cat(random)
+
+
+def _seen_by_pieces(model: Classifier, inputs: Inputs) -> Iterator[Seen]:
+    """What both heads look at, on the model's device, a bounded number of inputs at once."""
+    for first in range(0, len(inputs), _ROWS):
+        piece = inputs[first : first + _ROWS]
+        tensor, pixels = _placed(model, piece)
+        yield model.see(tensor, start=piece.start, pixels=pixels)
 
 
 def _wide_inputs(model: Classifier, piece: Inputs) -> Tensor:

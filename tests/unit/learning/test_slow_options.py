@@ -559,3 +559,44 @@ def test_options_can_be_changed_from_update_to_update(base, new_examples):
 
     assert last.memory.counts().tolist() == [3] * 6
     assert_learned(last)
+
+
+# ---------------------------------------------------------------- rare classes
+
+
+def frequent_and_rare() -> Labelled:
+    return make_images([4] * 60 + [5] * 3, seed=61)
+
+
+def mean_logit_of_the_rare_class(strength: float, parent: Learner) -> float:
+    """How far the trained head leans to the rare new class on images of the frequent one."""
+    learner = slow(parent, frequent_and_rare(), with_update(logit_adjustment=strength)).learner
+    images, _ = make_images([4] * 20, seed=62)
+    with torch.no_grad():
+        logits_NC = learner.model.trained_logits(images)
+    return float((logits_NC[:, 5] - logits_NC[:, 4]).mean())
+
+
+def test_logit_adjustment_makes_up_for_classes_that_are_seldom_shown(base):
+    leanings = [mean_logit_of_the_rare_class(s, base.learner) for s in (0.0, 1.0, 2.0)]
+
+    assert leanings[0] < leanings[1] < leanings[2]
+
+
+def test_without_memory_of_them_old_classes_still_answer_after_an_adjusted_update(base):
+    learner = slow(
+        base.learner, make_images([4, 5] * 12, seed=63), with_replay(share=0, memory_per_class=0)
+    ).learner
+
+    assert torch.isfinite(learner.logits(TEST_OLD[0])).all()
+    assert right(learner, TEST_OLD) >= 0.9
+
+
+def test_classes_shown_equally_often_are_learned_the_same_with_and_without_adjustment(base):
+    examples = make_images([0, 1, 2, 3, 4, 5] * 8, seed=64)
+
+    def head(strength: float) -> torch.Tensor:
+        config = with_update(logit_adjustment=strength, replay=NO_REPLAY)
+        return slow(base.learner, examples, config).learner.model.head.weight
+
+    assert torch.equal(head(1.0), head(0.0))

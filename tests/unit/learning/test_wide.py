@@ -10,6 +10,8 @@ from lifelong_ray.learning import Alone, AnalyticSums, Classifier, build_model
 from lifelong_ray.learning.chance import generator_for
 from lifelong_ray.learning.wide import (
     Inputs,
+    answers,
+    answers_and_random_features,
     choose_answering,
     fit_widening,
     look,
@@ -209,3 +211,26 @@ def test_sums_that_are_not_finite_are_named():
 
     with pytest.raises(LearningError, match="finite"):
         solve(model, spoilt, CONFIG.model_copy(update={"ridge": 0.1}), 0.0)
+
+
+@pytest.mark.parametrize("head", ["linear", "analytic", "both"])
+def test_one_pass_gives_the_answers_and_the_random_features_of_two(head):
+    model, _ = with_analytic_head()
+    model.active_head, model.analytic_weight = head, 2.0
+
+    logits_NC, features_NM = answers_and_random_features(model, Inputs(IMAGES))
+
+    with torch.no_grad():
+        torch.testing.assert_close(logits_NC, model(IMAGES))
+    assert torch.equal(answers(model, Inputs(IMAGES)), logits_NC)
+    assert torch.equal(features_NM, random_features(model, Inputs(IMAGES)))
+
+
+def test_sums_of_known_random_features_are_the_sums_of_the_images():
+    model, _ = with_analytic_head()
+    room = AnalyticSums.empty(64, 4)
+    known_NM = random_features(model, Inputs(torch.cat([IMAGES, HELD_OUT[0]])))
+
+    known = take_sums(model, Inputs(IMAGES), LABELS, room, Alone(), known_NM=known_NM)
+
+    assert torch.equal(known.gram, take_sums(model, Inputs(IMAGES), LABELS, room, Alone()).gram)
