@@ -144,7 +144,7 @@ def method(name: str, protocol: Protocol, seed: int, labels_per_class: int) -> M
             replaying,
             wide=_WIDE,
             paths="default",
-            logit_adjustment=1,
+            logit_adjustment=0.5,
             replay=ReplayConfig(
                 memory_per_class=kept - held_out * labels_per_class, share=0.5, dark_weight=0.2
             ),

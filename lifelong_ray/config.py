@@ -282,11 +282,11 @@ class UpdateConfig(_Branch):
         "update, as where requests say which task they belong to.",
     )
     logit_adjustment: float = Field(
-        1.0,
+        0.5,
         ge=0,
         description="How far the loss makes up for some classes being shown more often than "
         "others: the logarithm of a class's share, times this, is added to its logit while "
-        "training; 0 lets frequent classes win.",
+        "training. 0 lets frequent classes win, 1 weighs classes alike.",
     )
     weight_alignment: bool = Field(
         False, description="Scale the new rows of the head to the length of the old ones."
@@ -303,7 +303,7 @@ class UpdateConfig(_Branch):
         "frozen features fall short of `good_enough_accuracy` and the slow path too.",
     )
     trainer: TrainerConfig = TrainerConfig(
-        epochs=2, batch_size=32, learning_rate=6e-3, max_shift_px=0
+        epochs=3, batch_size=32, learning_rate=6e-3, max_shift_px=0
     )
     ewc: EwcConfig = EwcConfig()
     distillation: DistillationConfig = DistillationConfig()
