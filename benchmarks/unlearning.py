@@ -20,8 +20,9 @@ import typer
 from common import set_up, write
 from torch import Tensor
 
-from lifelong_ray.learning.analytic import AnalyticSums, LiveHead
+from lifelong_ray.learning.analytic import AnalyticSums
 from lifelong_ray.learning.chance import generator_for
+from lifelong_ray.learning.live import LiveHead
 from lifelong_ray.learning.widening import RandomFeatures
 
 _SAMPLE = 2_000

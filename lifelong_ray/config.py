@@ -267,6 +267,11 @@ class UpdateConfig(_Branch):
     good_enough_accuracy: Share = Field(
         0.97, description="Validation accuracy of the fast path at which the slow one is not run."
     )
+    rare_share: Share = Field(
+        0.05,
+        description="A new class with fewer training examples than this share of what the known "
+        "ones had on average leaves a default update to the fast path.",
+    )
     min_new_examples: int = Field(20, gt=0, description="Fewer new examples make no update.")
     validation_share: Share = Field(
         0.2, description="Share of the new examples that chooses between the paths."

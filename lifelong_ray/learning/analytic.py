@@ -20,14 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lifelong_ray.learning.chance import generator_for
-from lifelong_ray.learning.widening import integer_product
+from lifelong_ray.learning.gram import float_sums, integer_sums, weighted_integer_sums
 from lifelong_ray.types import LearningError
 
-SHARPNESS_GRID = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0)
-"""What `choose_sharpness` chooses from."""
-
-_ROWS, _FLOAT_ROWS, _COLUMNS = 8_192, 2_048, 1_000
-_MAX_WEIGHT_GROUPS = 256
+_ROWS = 2_048
 _STEPS_PER_DECADE = 2
 _LOWEST_STEP, _HIGHEST_STEP = -6 * _STEPS_PER_DECADE, 0
 _FLAT = 0.003
@@ -106,11 +102,11 @@ class AnalyticSums:
         if weights_N is not None:
             weights_N = weights_N.to(features_NM.device, torch.float64)
         if features_NM.dtype != torch.int8:
-            gram, class_sums = _float_sums(features_NM, own_NK, weights_N)
+            gram, class_sums = float_sums(features_NM, own_NK, weights_N)
         elif weights_N is None:
-            gram, class_sums = _integer_sums(features_NM, own_NK)
+            gram, class_sums = integer_sums(features_NM, own_NK)
         else:
-            gram, class_sums = _weighted_integer_sums(features_NM, own_NK, weights_N)
+            gram, class_sums = weighted_integer_sums(features_NM, own_NK, weights_N)
         counts = (
             own_NK.sum(0).double()
             if weights_N is None
@@ -192,7 +188,7 @@ class AnalyticSums:
         """
         other = self._same_modes(features_NM, modes_N, weights_N)
         counts_K = self.counts - other.counts
-        _must_not_owe(self.counts, counts_K, self.mode_class)
+        must_not_owe(self.counts, counts_K, self.mode_class)
         return replace(
             self,
             gram=self.gram - other.gram,
@@ -284,7 +280,7 @@ class AnalyticSums:
             LearningError: If the sums are not finite or the system cannot be solved.
         """
         targets_MK = self.class_sums * self._target_scales(class_balance)
-        solution: Tensor = torch.cholesky_solve(targets_MK, self._factor(ridge))
+        solution: Tensor = torch.cholesky_solve(targets_MK, self.factor(ridge))
         if not _all_finite(solution):
             raise _no_solution(ridge)
         return solution.to(dtype)
@@ -367,12 +363,12 @@ class AnalyticSums:
         Source: the closed form of leave-one-out for linear smoothers, Hastie et al. 2009,
         eq. 7.64.
         """
-        factor = self._factor(ridge)
+        factor = self.factor(ridge)
         scale_K = self._target_scales(class_balance)
         weights_MK = torch.cholesky_solve(self.class_sums * scale_K, factor)
         parts = []
-        for first in range(0, len(features_NM), _FLOAT_ROWS):
-            piece = slice(first, first + _FLOAT_ROWS)
+        for first in range(0, len(features_NM), _ROWS):
+            piece = slice(first, first + _ROWS)
             x_NM = features_NM[piece].double()
             half_MN = torch.linalg.solve_triangular(factor, x_NM.T, upper=False)
             # Sums that are not exact may not hold an example as it is now: stay below one.
@@ -383,7 +379,7 @@ class AnalyticSums:
         return torch.cat(parts) if parts else scale_K.new_zeros(0, self.num_modes)
 
     def _target_scales(self, class_balance: float) -> Tensor:
-        return _target_scales(self.counts, self.mode_class, class_balance)
+        return target_scales(self.counts, self.mode_class, class_balance)
 
     def _same_modes(
         self, features_NM: Tensor, modes_N: Tensor, weights_N: Tensor | None
@@ -421,7 +417,7 @@ class AnalyticSums:
         if num_examples <= 0:
             raise LearningError("the analytic sums hold no examples; add some before solving")
         try:
-            factor = self._factor(ridge)
+            factor = self.factor(ridge)
         except LearningError:
             return math.inf
         added = self.absolute_ridge(ridge)
@@ -438,7 +434,12 @@ class AnalyticSums:
     def _has_few_examples(self) -> bool:
         return float(self.counts.sum()) < 2 * self.num_features
 
-    def _factor(self, ridge: float) -> Tensor:
+    def factor(self, ridge: float) -> Tensor:
+        """Return the lower Cholesky factor (M, M) of the regularised Gram matrix.
+
+        Raises:
+            LearningError: If the sums are not finite or the system cannot be solved.
+        """
         if not _all_finite(self.gram, self.class_sums):
             raise LearningError("the analytic sums are not finite; the backbone has overflowed")
         system = self.gram.clone()
@@ -460,193 +461,12 @@ class AnalyticSums:
             )
 
 
-@dataclass(frozen=True)
-class LiveHead:
-    """A head that takes single examples in or out without solving anew: O(M^2) for each.
-
-    The regularisation stays what it was in absolute terms when the head was made.
-
-    Attributes:
-        inverse: Of the regularised Gram matrix, float64 (M, M).
-        weights: Head for targets of one, float64 (M, K).
-        counts: As in the sums.
-        mode_class: As in the sums.
-        class_balance: As for `AnalyticSums.solve`.
-    """
-
-    inverse: Tensor
-    weights: Tensor
-    counts: Tensor
-    mode_class: Tensor
-    class_balance: float
-
-    @staticmethod
-    def of(sums: AnalyticSums, ridge: float, class_balance: float = 0.0) -> LiveHead:
-        """Return the live form of ``sums.solve(ridge, class_balance)``; errors as there."""
-        factor = sums._factor(ridge)
-        # Two products take a small part of the time of torch.cholesky_inverse on CPUs.
-        identity = torch.eye(sums.num_features).to(factor)
-        half = torch.linalg.solve_triangular(factor, identity, upper=False)
-        return LiveHead(
-            half.T @ half,
-            torch.cholesky_solve(sums.class_sums, factor),
-            sums.counts,
-            sums.mode_class,
-            class_balance,
-        )
-
-    def with_examples(self, features_NM: Tensor, modes_N: Tensor, sign: int = 1) -> LiveHead:
-        """Return the head with (`sign` 1) or without (-1) a few examples.
-
-        Raises:
-            LearningError: If a mode would be left with fewer than no examples, or the head
-                does not hold the examples to be taken out.
-
-        Source: the identity of Woodbury, as used for class-incremental learning by Zhuang
-        et al. 2022 (ACIL), arXiv:2205.14922, eq. 12.
-        """
-        if sign not in {1, -1}:
-            raise ValueError(f"the sign of examples is 1 or -1, not {sign}")
-        x_NM = features_NM.to(self.inverse)
-        own_NK = F.one_hot(modes_N.long(), len(self.counts)).to(x_NM)
-        counts_K = self.counts + sign * own_NK.sum(0)
-        _must_not_owe(self.counts, counts_K, self.mode_class)
-        towards_MN = self.inverse @ x_NM.T
-        core_NN = x_NM @ towards_MN
-        core_NN.diagonal().add_(sign)
-        factor, info = torch.linalg.cholesky_ex(sign * core_NN)
-        if int(info.item()):
-            raise LearningError(
-                "the head does not hold the examples to be taken out; solve it anew from the sums"
-            )
-        gain_NM = torch.cholesky_solve(towards_MN.T, factor)
-        missing_NK = own_NK - x_NM @ self.weights
-        return replace(
-            self,
-            inverse=torch.addmm(self.inverse, towards_MN, gain_NM, alpha=-sign),
-            weights=self.weights + sign * gain_NM.T @ missing_NK,
-            counts=counts_K.clamp(min=0.0),
-        )
-
-    def solution(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the head's weights (M, K), as `AnalyticSums.solve` does."""
-        scale_K = _target_scales(self.counts, self.mode_class, self.class_balance)
-        return (self.weights * scale_K).to(dtype)
-
-
-def class_scores(
-    scores_NK: Tensor, mode_class: Tensor, num_classes: int, sharpness: float
-) -> Tensor:
-    """Return scores by class (N, C): a soft maximum over the modes of each.
-
-    The logarithm of the sum of exponentials, sharper with higher `sharpness`. A class with one
-    mode has that mode's score, to the bit.
-    """
-    sizes_C = torch.bincount(mode_class, minlength=num_classes)
-    widest = int(sizes_C.max()) if num_classes else 0
-    table_CW = torch.full(
-        (num_classes, widest), len(mode_class), dtype=torch.int64, device=mode_class.device
-    )
-    order_K = torch.argsort(mode_class, stable=True)
-    sorted_K = mode_class[order_K]
-    first_C = sizes_C.cumsum(0) - sizes_C
-    place_K = torch.arange(len(order_K), device=mode_class.device) - first_C[sorted_K]
-    table_CW[sorted_K, place_K] = order_K
-    padded_NK = F.pad(scores_NK, (0, 1), value=-math.inf)
-    by_class_NCW = padded_NK[:, table_CW.to(scores_NK.device)]
-    top_NC = by_class_NCW.amax(2)
-    rest_NC = ((by_class_NCW - top_NC[:, :, None]) * sharpness).exp().sum(2)
-    return top_NC + rest_NC.log() / sharpness
-
-
-def choose_sharpness(
-    scores_NK: Tensor,
-    labels_N: Tensor,
-    mode_class: Tensor,
-    num_classes: int,
-    weights_N: Tensor | None = None,
-) -> float:
-    """Return the sharpness of `class_scores` with the best accuracy on labelled scores.
-
-    Among equals the one with the best likelihood after a temperature of its own, then the
-    lowest. Scores should be of examples that the head was not fitted on, or left out.
-    """
-    if len(mode_class) <= num_classes or not len(labels_N):
-        return SHARPNESS_GRID[0]
-    weigh_N = torch.ones_like(labels_N, dtype=torch.float64) if weights_N is None else weights_N
-    weigh_N = weigh_N.double()
-
-    def quality(sharpness: float) -> tuple[float, float]:
-        scores_NC = class_scores(scores_NK.double(), mode_class, num_classes, sharpness)
-        right = float((weigh_N * (scores_NC.argmax(1) == labels_N)).sum())
-        likelihood = max(
-            -float((weigh_N * F.cross_entropy(scores_NC * t, labels_N, reduction="none")).sum())
-            for t in SHARPNESS_GRID
-        )
-        return right, likelihood
-
-    return max(SHARPNESS_GRID, key=quality)
-
-
-def _integer_sums(features_NM: Tensor, own_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrix and column sums of int8 features, exact; only half of the former computed."""
-    width = features_NM.shape[1]
-    gram = torch.zeros(width, width, dtype=torch.float64, device=features_NM.device)
-    sums_MK = gram.new_zeros(width, own_NK.shape[1])
-    blocks = [slice(i, min(i + _COLUMNS, width)) for i in range(0, width, _COLUMNS)]
-    for first in range(0, len(features_NM), _ROWS):
-        rows_NM = features_NM[first : first + _ROWS]
-        columns = [rows_NM[:, block].contiguous() for block in blocks]
-        for i, rows in enumerate(blocks):
-            turned = columns[i].T.contiguous()
-            for j in range(i, len(blocks)):
-                gram[rows, blocks[j]] += integer_product(turned, columns[j])
-            sums_MK[rows] += integer_product(turned, own_NK[first : first + _ROWS])
-    for i, rows in enumerate(blocks):
-        for later in blocks[i + 1 :]:
-            gram[later, rows] = gram[rows, later].T
-    return gram, sums_MK
-
-
-def _weighted_integer_sums(
-    features_NM: Tensor, own_NK: Tensor, weights_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As `_integer_sums`; examples of the same weight, as remembered ones have, go together."""
-    values = sorted(set(weights_N.tolist()))
-    if len(values) > _MAX_WEIGHT_GROUPS:
-        return _float_sums(features_NM, own_NK, weights_N)
-    width = features_NM.shape[1]
-    gram = torch.zeros(width, width, dtype=torch.float64, device=features_NM.device)
-    sums_MK = gram.new_zeros(width, own_NK.shape[1])
-    for value in values:
-        mine_N = weights_N == value
-        gram_part, sums_part = _integer_sums(features_NM[mine_N], own_NK[mine_N])
-        gram += gram_part.mul_(value)
-        sums_MK += sums_part.mul_(value)
-    return gram, sums_MK
-
-
-def _float_sums(
-    features_NM: Tensor, own_NK: Tensor, weights_N: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    width = features_NM.shape[1]
-    gram = torch.zeros(width, width, dtype=torch.float64, device=features_NM.device)
-    sums_MK = gram.new_zeros(width, own_NK.shape[1])
-    for first in range(0, len(features_NM), _FLOAT_ROWS):
-        piece = slice(first, first + _FLOAT_ROWS)
-        x_NM = features_NM[piece].double()
-        weighted_NM = x_NM if weights_N is None else x_NM * weights_N[piece, None]
-        gram.addmm_(x_NM.T, weighted_NM)
-        sums_MK.addmm_(weighted_NM.T, own_NK[piece].double())
-    return gram, sums_MK
-
-
 def history_after(history_UC: Tensor, new_K: Tensor) -> Tensor:
     """Return the history after modes were put together; `new_K` is each old mode's new one."""
     return torch.where(history_UC < 0, history_UC, new_K[history_UC.clamp(min=0)])
 
 
-def _target_scales(counts_K: Tensor, mode_class_K: Tensor, class_balance: float) -> Tensor:
+def target_scales(counts_K: Tensor, mode_class_K: Tensor, class_balance: float) -> Tensor:
     """What the target of each mode is multiplied by, (K,); one for classes without examples.
 
     The modes of a class share one scale: rare is said of classes, not of appearances. Frequent
@@ -680,8 +500,14 @@ def _ridge_at(step: int) -> float:
     return ridge
 
 
-def _must_not_owe(had_K: Tensor, left_K: Tensor, mode_class: Tensor) -> None:
-    # Counts that are not whole numbers may come out a rounding error below zero.
+def must_not_owe(had_K: Tensor, left_K: Tensor, mode_class: Tensor) -> None:
+    """Refuse to take more examples out of a mode than it had.
+
+    Counts that are not whole numbers may come out a rounding error below zero.
+
+    Raises:
+        LearningError: If so.
+    """
     if bool((left_K < -1e-9 * had_K.clamp(min=1.0)).any()):
         worst = int(left_K.argmin())
         raise LearningError(

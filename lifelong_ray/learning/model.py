@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lifelong_ray.config import ModelConfig
-from lifelong_ray.learning.analytic import class_scores
 from lifelong_ray.learning.backbones import build_backbone, has_batch_statistics, standardise
 from lifelong_ray.learning.heads import GrowingCosine, GrowingLinear, make_head
+from lifelong_ray.learning.modes import class_scores
 from lifelong_ray.learning.widening import RandomFeatures
 from lifelong_ray.types import LearningError
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from lifelong_ray.config import LearningConfig
 from lifelong_ray.learning.evaluate import clearly_better
 from lifelong_ray.learning.fast import fit_fast
@@ -49,7 +51,8 @@ def fit_update(
     """Update a learner the ways that `config.update.paths` names.
 
     By ``default``: the fast way; the slow one where the fast one's validation accuracy falls
-    short of `good_enough_accuracy`; and with `expansion` ``auto`` a new branch where both do.
+    short of `good_enough_accuracy` and no new class is rare; and with `expansion` ``auto`` a new
+    branch where both do.
     Where the slow way was tried in vain, it sits out the next update, and after each further
     time twice as many: trying costs, and what did not pay a week ago seldom pays today.
 
@@ -77,6 +80,9 @@ def fit_update(
         reason = f"frozen features fall short: fast reaches {_shown(reached)} of {enough:.3f}"
         if validation is None and not len(parent.memory):
             return Update(fits, "fast", "no old example is left, nor any to judge by: fast alone")
+        rare = _rare_class(parent, training, class_names, config.update.rare_share)
+        if rare:
+            return Update(fits, "fast", f"{rare}: fast alone")
         if parent.slow_rest:
             rested = _with_record(fits["fast"], parent.slow_losses, parent.slow_rest - 1)
             why = f"slow lost {parent.slow_losses} time(s) and sits out {parent.slow_rest} more"
@@ -101,6 +107,25 @@ def fit_update(
         rest = 2 ** (losses - 1) if losses else 0
         fits = {name: _with_record(fit, losses, rest) for name, fit in fits.items()}
     return Update(fits, best, reason)
+
+
+def _rare_class(
+    parent: Learner, training: Labelled, class_names: Sequence[str], share: float
+) -> str | None:
+    """Say which new class is too rare beside the known ones for gradients, if one is.
+
+    Neither can validation examples tell, of which such a class has one or none.
+    """
+    counts = torch.bincount(training[1], minlength=len(class_names)).tolist()
+    new = range(len(parent.class_names), len(class_names))
+    rarest = min(new, key=lambda c: counts[c], default=None)
+    enough = share * float(parent.sums.counts.sum()) / len(parent.class_names)
+    if rarest is None or counts[rarest] >= enough:
+        return None
+    return (
+        f"new class {class_names[rarest]} is rare: {counts[rarest]} examples, where "
+        f"learning.update.rare_share of the known classes' mean is {enough:.0f}"
+    )
 
 
 def _with_record(fit: Fit, slow_losses: int, slow_rest: int) -> Fit:

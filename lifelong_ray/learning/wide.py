@@ -15,15 +15,11 @@ import torch
 from torch import Tensor
 
 from lifelong_ray.config import AnalyticConfig, LearningConfig, ModelConfig
-from lifelong_ray.learning.analytic import (
-    AnalyticSums,
-    choose_sharpness,
-    class_scores,
-    history_after,
-)
+from lifelong_ray.learning.analytic import AnalyticSums, history_after
 from lifelong_ray.learning.collective import Collective
 from lifelong_ray.learning.evaluate import accuracy, clearly_better, fit_temperature
 from lifelong_ray.learning.model import Classifier, Head, Seen, Source
+from lifelong_ray.learning.modes import choose_sharpness, class_scores
 from lifelong_ray.learning.widening import RandomFeatures
 from lifelong_ray.types import LearningError
 

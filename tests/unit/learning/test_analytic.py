@@ -11,12 +11,9 @@ from torch.nn import functional as F
 
 from lifelong_ray.config import AnalyticConfig
 from lifelong_ray.learning import widening
-from lifelong_ray.learning.analytic import (
-    AnalyticSums,
-    LiveHead,
-    choose_sharpness,
-    class_scores,
-)
+from lifelong_ray.learning.analytic import AnalyticSums
+from lifelong_ray.learning.live import LiveHead
+from lifelong_ray.learning.modes import choose_sharpness, class_scores
 from lifelong_ray.types import LearningError
 
 FEATURES = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))

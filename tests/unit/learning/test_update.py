@@ -67,6 +67,23 @@ def test_where_the_fast_way_is_good_enough_nothing_else_is_tried(base, new_examp
     assert "of 0.900" in update.reason
 
 
+def test_a_rare_new_class_leaves_the_update_to_the_fast_way(base, out_of_reach):
+    examples = make_images([4] * 12 + [5] * 3, seed=71)
+    config = with_update(good_enough_accuracy=1.0, rare_share=0.3)
+
+    update = updated(base.learner, examples, config, out_of_reach)
+
+    assert list(update.fits) == ["fast"]
+    assert "new class f is rare: 3 examples, where learning.update.rare_share" in update.reason
+
+
+def test_few_examples_of_known_classes_do_not_keep_the_slow_way_back(base, out_of_reach):
+    examples = make_images([4] * 6 + [5] * 6 + [0], seed=72)
+    config = with_update(good_enough_accuracy=1.0, rare_share=0.3)
+
+    assert "slow" in updated(base.learner, examples, config, out_of_reach).fits
+
+
 def test_where_the_fast_way_falls_short_the_slow_one_is_tried(base, new_examples, out_of_reach):
     update = updated(base.learner, new_examples, NEVER_ENOUGH, out_of_reach)
 
