@@ -59,15 +59,18 @@ def main(
         parts.append(_continual(path, docs))
     for path in sorted(results.glob("update_*.json")):
         parts.append(_update(path, docs))
-    for name, title in (
-        ("fisher.json", "Cost of the Fisher, in plain passes over the same examples"),
-        ("ewc_step.json", "Cost of the EWC penalty, as a share of a training step"),
-        ("unlearning.json", "Exact unlearning"),
+    for kind, title in (
+        ("fisher", "Cost of the Fisher, in plain passes over the same examples"),
+        ("ewc_step", "Cost of the EWC penalty, as a share of a training step"),
+        ("unlearning", "Exact unlearning"),
     ):
-        path = results / name
-        if path.exists():
-            report = json.loads(path.read_text(encoding="utf-8"))
-            parts.append(f"\n## {title}\n\n{_said(report['setup'])}\n\n{_flat(report)}\n")
+        runs = [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(results.glob(f"{kind}*.json"))
+        ]
+        if runs:
+            parts.append(f"\n## {title}\n")
+        parts += [f"{_said(run['setup'])}\n\n{_flat(run)}\n" for run in runs]
     (docs / "benchmarks.md").write_text("\n".join(parts), encoding="utf-8")
     print(f"written {docs / 'benchmarks.md'}")
 
