@@ -45,6 +45,26 @@ share says: the control that any update has to beat. `datafree` keeps no old ima
 is retention with only the old classes competing: what was forgotten, apart from what became
 confusable. In the picture updates are blue, retraining and controls red.
 """
+_FISHER = """## Cost of the Fisher
+
+What the per-example squared gradients of some images cost, in forward and backward passes over the
+same images in the faster memory format. `exact` sums over all ten labels, `sampled` draws one,
+`empirical` takes the image's own; vmap and a loop over batches of one are general ways to the same
+numbers. The error is against that loop in float64.
+"""
+_STEP = """## Cost of the EWC penalty
+
+What the penalty adds to a training step of 128 images, from steps with and without it by turns.
+`in place` adds the gradient in closed form, as the trainer does; `by autograd` is the textbook's
+way. It weighs most in the MLP, which uses each of its many weights once per image: the penalty
+reads and writes them all, and takes as long as the memory does.
+"""
+_UNLEARNING = """## Exact unlearning
+
+A thousand random training images are taken out of the analytic head's sums, and the head is
+compared with one that was never given them, in float64. `one image` is the live head, which takes
+a single image out without solving anew.
+"""
 
 
 def main(
@@ -59,18 +79,14 @@ def main(
         parts.append(_continual(path, docs))
     for path in sorted(results.glob("update_*.json")):
         parts.append(_update(path, docs))
-    for kind, title in (
-        ("fisher", "Cost of the Fisher, in plain passes over the same examples"),
-        ("ewc_step", "Cost of the EWC penalty, as a share of a training step"),
-        ("unlearning", "Exact unlearning"),
-    ):
+    for kind, said, rows_of, columns in _COSTS:
         runs = [
             json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(results.glob(f"{kind}*.json"))
         ]
         if runs:
-            parts.append(f"\n## {title}\n")
-        parts += [f"{_said(run['setup'])}\n\n{_flat(run)}\n" for run in runs]
+            parts.append(f"\n{said}")
+        parts += [f"{_said(r['setup'])}\n\n{table(columns, rows_of(r))}\n" for r in runs]
     (docs / "benchmarks.md").write_text("\n".join(parts), encoding="utf-8")
     print(f"written {docs / 'benchmarks.md'}")
 
@@ -156,30 +172,78 @@ def _save(figure: Any, path: Path) -> None:
 def _said(setup: dict[str, Any]) -> str:
     facts = ("seeds", "iterations", "memory_per_class", "epochs", "memory_share", "num_features")
     facts += ("source", "mirror", "shots", "precision")
-    said = ", ".join(f"{key.replace('_', ' ')} {setup[key]}" for key in facts if setup.get(key))
+    said = [f"{key.replace('_', ' ')} {setup[key]}" for key in facts if setup.get(key)]
     how = f"\n\n    {setup['command']}" if "command" in setup else ""
     where = f"on {setup['cpus']} cores, torch {setup['torch']}"
-    return f"Measured {setup['date']} {where}: {said}.{how}"
+    return f"Measured {setup['date']} {where}{': ' if said else ''}{', '.join(said)}.{how}"
 
 
-def _flat(report: dict[str, Any]) -> str:
-    """Nested figures as a table of paths and values."""
-    rows: list[list[object]] = []
+def _fisher_rows(report: dict[str, Any]) -> list[list[object]]:
+    return [
+        [
+            model,
+            way.replace("_", " "),
+            f"{figures['seconds_median']:.3f}",
+            f"{figures['ratio_to_plain_pass']:.2f}",
+            _error(figures.get("max_relative_error")),
+        ]
+        for model, its in report["models"].items()
+        for way, figures in its["ways"].items()
+    ]
 
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix} {key}".strip(), inner)
-        elif isinstance(value, list) and all(isinstance(inner, dict) for inner in value):
-            for number, inner in enumerate(value, start=1):
-                walk(f"{prefix.removesuffix('s')} {number}", inner)
-        elif isinstance(value, float):
-            rows.append([prefix.replace("_", " "), f"{value:.3g}"])
-        elif isinstance(value, int) and not isinstance(value, bool):
-            rows.append([prefix.replace("_", " "), value])
 
-    walk("", {key: value for key, value in report.items() if key != "setup"})
-    return table(("figure", "value"), rows)
+def _step_rows(report: dict[str, Any]) -> list[list[object]]:
+    return [
+        [
+            model,
+            way.replace("_", " "),
+            f"{figures['plain_step_ms_median']:.1f}",
+            f"{figures['penalty_ms_median']:.2f}",
+            f"{100 * figures['share_of_plain_step']:.1f}",
+            f"{100 * figures['share_of_plain_step_upper_95']:.1f}",
+        ]
+        for model, its in report["models"].items()
+        for way, figures in its["ways"].items()
+    ]
+
+
+def _unlearning_rows(report: dict[str, Any]) -> list[list[object]]:
+    return [
+        [
+            run["seed"],
+            f"{run['max_weight_difference']:.1e}",
+            f"{run['erase_seconds']:.3f}",
+            f"{1_000 * run['live_erase_one_seconds']:.1f}",
+            f"{run['relearn_seconds']:.2f}",
+        ]
+        for run in report["runs"]
+    ]
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0e}"
+
+
+_COSTS = (
+    (
+        "fisher",
+        _FISHER,
+        _fisher_rows,
+        ("model", "way", "seconds", "in plain passes", "largest relative error"),
+    ),
+    (
+        "ewc_step",
+        _STEP,
+        _step_rows,
+        ("model", "way", "plain step, ms", "penalty, ms", "share, %", "upper 95 % bound, %"),
+    ),
+    (
+        "unlearning",
+        _UNLEARNING,
+        _unlearning_rows,
+        ("seed", "largest difference", "erasing, s", "one image, ms", "learning anew, s"),
+    ),
+)
 
 
 if __name__ == "__main__":
