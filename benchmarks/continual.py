@@ -51,6 +51,8 @@ from lifelong_ray.scenarios import Scenario, split
 AVALANCHE_PYTHON = Path(".venv-avalanche/bin/python")
 _WIDE = 4_000
 _HELD_OUT_SHARE = 0.2
+_LEAST_TRAINED = 2
+_WARMING_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -241,10 +243,10 @@ def _warm_up(scenario: Scenario, model: ModelConfig, how: Method) -> None:
     one_step = how.learning.base.model_copy(update={"iterations": 1})
     learning = how.learning.model_copy(update={"base": one_step})
     first = scenario.experiences[0]
-    training = as_tensors(first.train_images[:256], first.train_labels[:256])
-    if len(training[1].unique()) < 2:
-        training = as_tensors(first.train_images, first.train_labels)
-    names = scenario.class_names[: int(training[1].max()) + 1]
+    images, labels = as_tensors(first.train_images, first.train_labels)
+    some = torch.cat([(labels == c).nonzero()[:_WARMING_IMAGES, 0] for c in labels.unique()])
+    names = scenario.class_names[: int(labels.max()) + 1]
+    training = images[some], labels[some]
     fit_base(training, names, model, learning, Run(clock=time.perf_counter))
 
 
@@ -292,7 +294,8 @@ def _set_aside(training: Labelled, per_label: int, seed: int) -> tuple[Labelled,
     aside = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         mine = (labels == label).nonzero()[:, 0]
-        aside[mine[torch.randperm(len(mine), generator=generator)[:per_label]]] = True
+        some = min(per_label, len(mine) // _LEAST_TRAINED)
+        aside[mine[torch.randperm(len(mine), generator=generator)[:some]]] = True
     return (images[~aside], labels[~aside]), (images[aside], labels[aside])
 
 

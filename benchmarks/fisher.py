@@ -76,6 +76,10 @@ def main(
         torch.set_num_threads(threads)
     now_s = CLOCKS[clock]
     results: dict[str, Any] = {}
+    if unknown := set(models.split(",")) - MODELS.keys():
+        raise typer.BadParameter(f"{min(unknown)} is not a model; choose from {', '.join(MODELS)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("there is no GPU here; leave --device at cpu")
     for name in models.split(","):
         try:
             model = build_model(MODELS[name], _NUM_CLASSES, seed=0).to(device)

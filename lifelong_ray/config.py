@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 import os
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lifelong_ray.types import ConfigError
 
@@ -499,6 +500,17 @@ class TuningConfig(_Branch):
     learning_rate: tuple[float, float] = Field((5e-4, 1e-2), description="Log-uniform range.")
     min_retention: Share = Field(0.95, description="Trials below it cannot win.")
     max_concurrent: int = Field(1, gt=0, description="Trials that run at the same time.")
+
+    @field_validator("lambda_ewc", "learning_rate")
+    @classmethod
+    def _is_a_range(cls, ends: tuple[float, float]) -> tuple[float, float]:
+        low, high = ends
+        if not 0 < low < high < math.inf:
+            raise ValueError(
+                "a log-uniform range goes from a positive number to a larger one; to try no EWC, "
+                "set learning.update.ewc.lambda_ewc to 0 for a run of train_job.py"
+            )
+        return ends
 
 
 class Config(_Branch):

@@ -107,7 +107,7 @@ def torchvision(name: str, folder: Path) -> DataSource:
     from torchvision import datasets  # noqa: PLC0415 - imports torch, which most callers have not
 
     factory = getattr(datasets, name, None)
-    if factory is None:
+    if not isinstance(factory, type):  # A name in lower case is a module.
         raise DataError(
             f"torchvision has no data set {name}; try MNIST, FashionMNIST, CIFAR10 or CIFAR100"
         )

@@ -19,7 +19,7 @@ from lifelong_ray.learning.fast import with_modes
 from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.lesson import Run
 from lifelong_ray.learning.material import Material
-from lifelong_ray.learning.model import Classifier
+from lifelong_ray.learning.model import Branch, Classifier
 from lifelong_ray.learning.wide import Inputs, fit_widening, random_features, solve, take_sums
 from lifelong_ray.types import LearningError
 
@@ -109,7 +109,7 @@ def sums_after(
     new_NM = None
     if same_features(parent, model):
         pass
-    elif _rebuilds_sums(parent, config):
+    elif rebuilds_sums(parent, config):
         # Nothing was left out of the memory: its sums are those of everything.
         older = _sums_of_memory(parent, model, inputs[num_new:], run)
     elif before_NM is not None:
@@ -128,24 +128,28 @@ def sums_after(
 
 def carries_sums(parent: Learner, model: Classifier, config: LearningConfig) -> bool:
     """Whether the parent's sums will be carried over to what training makes of the network."""
-    stays = not any(weight.requires_grad for weight in model.stages.parameters())
+    stays = not any(
+        weight.requires_grad
+        for stages in (model.stages, *_branch_stages(model))
+        for weight in stages.parameters()
+    )
     return (
         model.num_random_features > 0
         and model.analytic.source != "pixels"
         and not (stays and len(model.branches) == len(parent.model.branches))
         and len(parent.memory) > 0
         and not config.update.pseudo_features
-        and not _rebuilds_sums(parent, config)
+        and not rebuilds_sums(parent, config)
     )
 
 
-def _rebuilds_sums(parent: Learner, config: LearningConfig) -> bool:
+def rebuilds_sums(parent: Learner, config: LearningConfig) -> bool:
     """Whether the parent's sums can be taken anew of the examples themselves."""
-    has_all = len(parent.memory) > 0 and keeps_everything(parent)
+    has_all = len(parent.memory) > 0 and _keeps_everything(parent)
     return has_all and config.analytic.decay == 1 and not config.update.pseudo_features
 
 
-def keeps_everything(parent: Learner) -> bool:
+def _keeps_everything(parent: Learner) -> bool:
     """Whether nothing that was seen is missing from the memory."""
     return bool((parent.memory.counts() == parent.memory.seen).all())
 
@@ -171,12 +175,15 @@ def same_features(parent: Learner, model: Classifier) -> bool:
         return True
     if len(model.branches) != len(parent.model.branches):
         return False
+    now = (model.stages, *_branch_stages(model))
+    before = (parent.model.stages, *_branch_stages(parent.model))
     return all(
         torch.equal(value.cpu(), was.cpu())
-        for now, before in ((model.stages, parent.model.stages), *_branch_stages(model, parent))
-        for value, was in zip(now.state_dict().values(), before.state_dict().values(), strict=True)
+        for its, theirs in zip(now, before, strict=True)
+        for value, was in zip(its.state_dict().values(), theirs.state_dict().values(), strict=True)
     )
 
 
-def _branch_stages(model: Classifier, parent: Learner) -> list[tuple[Module, Module]]:
-    return list(zip(model.branches, parent.model.branches, strict=True))
+def _branch_stages(model: Classifier) -> list[Module]:
+    """The stages of each branch, without the head that it has of its own."""
+    return [branch.stages for branch in model.branches if isinstance(branch, Branch)]

@@ -58,8 +58,11 @@ class TorchDistributed:
         by_type: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             by_type.setdefault(tensor.dtype, []).append(tensor)
+        # NCCL moves nothing that lies on a CPU, where the analytic sums are kept.
+        only_gpu = torch.distributed.get_backend() == "nccl"
         for group in by_type.values():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
+            flat = flat.cuda() if only_gpu else flat
             torch.distributed.all_reduce(flat)
             first = 0
             for tensor in group:

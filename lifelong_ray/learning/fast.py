@@ -99,7 +99,7 @@ def fit_fast(
         ),
         class_means=class_means_after(parent, model, inputs, labels, config),
         temperature=temperature,
-        sums_exact=parent.sums_exact,
+        sums_exact=parent.sums_exact and config.analytic.decay == 1,
         ridge=ridge,
         num_updates=update,
         memory_stage=stage_after(parent.memory_stage, parent.memory, config.update),

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
+
+W = TypeVar("W", bound=Tensor)
 
 
 def ewc_penalty(
@@ -96,7 +99,7 @@ class EwcPenalty:
         """Return the penalty of the weights `now`; those without an anchor are free."""
         parts = []
         for name, anchor in self._anchor.items():
-            weight = now[name]
+            weight = self._held(now, name)
             if weight.shape != anchor.shape:
                 weight = weight[: self._num_rows(name, weight)]
             parts.append((self._fisher[name] * (weight - anchor).square()).sum())
@@ -114,7 +117,7 @@ class EwcPenalty:
         Raises:
             ValueError: If a weight changed shape in anything but added head rows.
         """
-        held = [weights[name] for name in self._anchor]
+        held = [self._held(weights, name) for name in self._anchor]
         if scale != self._scale or not self._is_fitted_to(held):
             self._fit_to(held, scale)
         gradients: list[Tensor] = []
@@ -128,6 +131,15 @@ class EwcPenalty:
             now[index], gradients[index] = now[index][:rows], gradients[index][:rows]
         torch._foreach_addcmul_(gradients, now, self._fishers, value=scale)
         torch._foreach_sub_(gradients, self._pulls)
+
+    @staticmethod
+    def _held(weights: Mapping[str, W], name: str) -> W:
+        if name not in weights:
+            raise ValueError(
+                f"the Fisher is of another architecture: it has {name}, and the model has not; "
+                "estimate it anew on this model"
+            )
+        return weights[name]
 
     def _is_fitted_to(self, held: list[nn.Parameter]) -> bool:
         return len(held) == len(self._fitted_to) and all(

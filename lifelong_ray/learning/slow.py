@@ -22,7 +22,7 @@ from lifelong_ray.config import LearningConfig, UpdateConfig
 from lifelong_ray.learning.analytic import AnalyticSums
 from lifelong_ray.learning.carry import (
     carries_sums,
-    keeps_everything,
+    rebuilds_sums,
     same_features,
     sums_after,
 )
@@ -118,7 +118,8 @@ def fit_slow(
     model.requires_grad_(True)
     if update.weight_alignment and len(names) > len(parent.class_names):
         align_new_rows(model.head, len(parent.class_names))
-    exact = parent.sums_exact and (same_features(parent, model) or keeps_everything(parent))
+    exact = parent.sums_exact and config.analytic.decay == 1
+    exact = exact and (same_features(parent, model) or rebuilds_sums(parent, config))
     if fast is not None and same_features(parent, model):
         sums, ridge = fast.learner.sums, fast.learner.ridge
         model.analytic = copy.deepcopy(fast.learner.model.analytic).to(run.device)

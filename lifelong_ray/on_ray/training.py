@@ -187,7 +187,7 @@ def _wake(job: FitJob) -> None:
     A process's first pass loads libraries and compiles kernels: start-up, as Ray's own is.
     """
     learning, model = job.config.learning, job.config.model
-    once = {"epochs": 1}
+    once = {"epochs": 1, "iterations": 1}
     config = job.config.model_copy(
         update={
             "learning": learning.model_copy(
@@ -215,6 +215,8 @@ def _wake(job: FitJob) -> None:
         config=config,
     )
     made = run_fit(base, Alone(), time.perf_counter, Progress())
+    if job.kind != "update":
+        return
     update = replace(base, kind="update", parent_files=made.paths["base"].files)
     run_fit(update, Alone(), time.perf_counter, Progress())
 

@@ -179,6 +179,13 @@ def test_a_number_that_is_not_finite_is_refused(override, key):
         load_config(None, (override,))
 
 
+@pytest.mark.parametrize("ends", ["[0, 10]", "[10, 1]", "[-1, 1]"])
+@pytest.mark.parametrize("key", ["lambda_ewc", "learning_rate"])
+def test_a_range_to_search_goes_from_a_positive_number_to_a_larger_one(key, ends):
+    with pytest.raises(ConfigError, match=rf"tuning.{key} is .*from a positive number to a larger"):
+        load_config(None, (f"tuning.{key}={ends}",))
+
+
 def test_a_folder_in_place_of_the_file_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot be read: Is a directory"):
         load_config(tmp_path)

@@ -321,9 +321,10 @@ def test_a_broken_image_is_named(folder: Path) -> None:
 # ---------------------------------------------------------------- torchvision
 
 
-def test_an_unknown_torchvision_name_is_answered_with_known_ones() -> None:
-    with pytest.raises(DataError, match="no data set Fashion; try MNIST"):
-        load("torchvision:Fashion")
+@pytest.mark.parametrize("name", ["Fashion", "mnist"])
+def test_an_unknown_torchvision_name_is_answered_with_known_ones(name: str) -> None:
+    with pytest.raises(DataError, match=f"no data set {name}; try MNIST"):
+        load(f"torchvision:{name}")
 
 
 def test_torchvision_files_that_are_not_there_are_not_downloaded(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lifelong_ray.learning import Labelled, Learner, Run, fit_base, fit_fast, fit_slow, forget
+from lifelong_ray.learning.memory import empty_memory
 from lifelong_ray.types import LearningError
 from tests.unit.learning.world import CONFIG, MODEL, TickingClock, make_images
 
@@ -82,6 +83,24 @@ def test_estimated_sums_are_not_taken_from(parent):
 
     with pytest.raises(LearningError, match=r"sums are estimates.*train a base version without"):
         forget(learner, GOES, 2, SETTINGS.analytic)
+
+
+def test_examples_cannot_be_taken_out_of_decayed_sums(parent):
+    decaying = SETTINGS.model_copy(
+        update={"analytic": SETTINGS.analytic.model_copy(update={"decay": 0.5})}
+    )
+    learner = fit_fast(parent, STAYS, NAMES, decaying, Run(TickingClock())).learner
+
+    with pytest.raises(LearningError, match="sums are estimates"):
+        forget(learner, GOES, 1, decaying.analytic)
+
+
+def test_a_backbone_that_moves_without_any_memory_leaves_estimates(parent):
+    emptied = replace(parent, memory=empty_memory(MODEL, 4))
+
+    learner = fit_slow(emptied, STAYS, NAMES, SETTINGS, Run(TickingClock())).learner
+
+    assert not learner.sums_exact
 
 
 @pytest.mark.parametrize("update", [-1, 0, 2])

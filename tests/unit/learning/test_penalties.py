@@ -194,3 +194,13 @@ def test_dark_loss_leaves_out_classes_unknown_when_the_example_was_stored():
 def test_dark_loss_refuses_more_stored_classes_than_the_model_has():
     with pytest.raises(ValueError, match="grow the model first"):
         dark_loss(torch.zeros(1, 2), torch.zeros(1, 3))
+
+
+def test_a_fisher_of_another_architecture_is_named():
+    one = {"stages.0.weight": torch.ones(2)}
+    penalty = EwcPenalty(one, one)
+
+    with pytest.raises(ValueError, match=r"another architecture: it has stages\.0\.weight"):
+        penalty({"head.weight": torch.ones(2)})
+    with pytest.raises(ValueError, match="another architecture"):
+        penalty.add_gradient({"head.weight": torch.nn.Parameter(torch.ones(2))}, 1.0)

@@ -330,6 +330,19 @@ def test_a_branch_that_is_trained_on_is_not_taken_for_unchanged_features(base, n
     assert not torch.equal(fits["slow"].learner.sums.gram, fits["fast"].learner.sums.gram)
 
 
+def test_a_branch_that_moves_under_a_frozen_trunk_takes_the_sums_with_it(
+    base, new_examples, caplog
+):
+    parent = expanded(base, new_examples).fits["expanded"].learner
+    second = make_images([4, 5] * 12, seed=78)
+    config = with_update(paths="slow", frozen_stages=2)
+
+    learner = updated(parent, second, config, validation=None).fits["slow"].learner
+
+    assert right(learner, TEST_OLD) >= 0.9
+    assert "nothing is remembered" not in caplog.text
+
+
 def test_pseudo_features_and_branches_are_refused_together_before_any_training(base, new_examples):
     config = with_update(pseudo_features=5, expansion="auto")
 
