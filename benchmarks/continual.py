@@ -51,7 +51,7 @@ from lifelong_ray.scenarios import Scenario, split
 AVALANCHE_PYTHON = Path(".venv-avalanche/bin/python")
 _WIDE = 4_000
 _HELD_OUT_SHARE = 0.2
-_LEAST_TRAINED = 2
+_ONE_ASIDE_IN = 2  # Of a class of few images, at most every second one is set aside.
 _WARMING_IMAGES = 4
 
 
@@ -294,7 +294,7 @@ def _set_aside(training: Labelled, per_label: int, seed: int) -> tuple[Labelled,
     aside = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         mine = (labels == label).nonzero()[:, 0]
-        some = min(per_label, len(mine) // _LEAST_TRAINED)
+        some = min(per_label, len(mine) // _ONE_ASIDE_IN)
         aside[mine[torch.randperm(len(mine), generator=generator)[:some]]] = True
     return (images[~aside], labels[~aside]), (images[aside], labels[aside])
 

@@ -9,6 +9,7 @@ left out.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -179,29 +180,34 @@ def _said(setup: dict[str, Any]) -> str:
 
 
 def _fisher_rows(report: dict[str, Any]) -> list[list[object]]:
-    return [
-        [
-            model,
-            way.replace("_", " "),
+    return _by_way(
+        report,
+        lambda figures: [
             f"{figures['seconds_median']:.3f}",
             f"{figures['ratio_to_plain_pass']:.2f}",
             _error(figures.get("max_relative_error")),
-        ]
-        for model, its in report["models"].items()
-        for way, figures in its["ways"].items()
-    ]
+        ],
+    )
 
 
 def _step_rows(report: dict[str, Any]) -> list[list[object]]:
-    return [
-        [
-            model,
-            way.replace("_", " "),
+    return _by_way(
+        report,
+        lambda figures: [
             f"{figures['plain_step_ms_median']:.1f}",
             f"{figures['penalty_ms_median']:.2f}",
             f"{100 * figures['share_of_plain_step']:.1f}",
             f"{100 * figures['share_of_plain_step_upper_95']:.1f}",
-        ]
+        ],
+    )
+
+
+def _by_way(
+    report: dict[str, Any], cells: Callable[[dict[str, Any]], list[object]]
+) -> list[list[object]]:
+    """One row for each model and each way of doing it."""
+    return [
+        [model, way.replace("_", " "), *cells(figures)]
         for model, its in report["models"].items()
         for way, figures in its["ways"].items()
     ]
