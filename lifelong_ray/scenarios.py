@@ -30,10 +30,13 @@ from lifelong_ray.datasets import (
     class_order,
     clean_images,
     clean_labels,
+    continuum_function,
     from_torch_dataset,
     hold_out,
     image_file,
     load_parts,
+    returned_by,
+    thinned,
 )
 from lifelong_ray.types import DataError, Pixels
 
@@ -71,8 +74,8 @@ class Scenario:
         kind: ``class``: each brings classes of its own, and all compete; ``task``: the same, but
             which experience an image is from is known; ``domain``: each brings other images of
             the same few labels.
-        class_names: What each label means, in the order in which classes arrive; for
-            ``domain`` the position within the experience, as text.
+        class_names: What each label means, in the order in which classes arrive; where `split`
+            made a ``domain`` scenario the position within the experience, as text.
         experiences: What arrives, one after the other.
         task_of_class: For ``task`` the experience of every label, else empty.
     """
@@ -140,22 +143,66 @@ def grow(source: DataSource | SourceArrays, new_classes: Sequence[Class]) -> Sce
     return split(source, "class", 2, new_classes=new_classes)
 
 
-def load_scenario(config: DataConfig, seed: int) -> Scenario:
-    """The class scenario of a configuration: ``data.split`` of ``data.source``.
+def load_scenario(config: DataConfig, seed: int, kind: Kind = "class") -> Scenario:
+    """The scenario that a configuration itself describes.
 
-    Within a part, classes are in the order of their names.
+    That is ``data.split`` of ``data.source``, or what the function of
+    ``continuum:package.module:function`` returns: a scenario of the continuum library, or a
+    tuple of two, train and test. Within a part of a split, classes are in the order of their
+    names.
+
+    Args:
+        config: What to load, and which fraction of it.
+        seed: Decides which images a fraction and a missing test part take.
+        kind: See `Scenario`. ``task`` needs experiences without a class in common, ``domain``
+            such that have all of them in common; ``class`` takes both.
 
     Raises:
-        DataError: As `load_parts`, or if the images differ in size.
+        DataError: As `load_parts` and `from_continuum`, if the images differ in size, or if the
+            experiences are not of that kind.
     """
-    parts = load_parts(config, seed)
-    classes = [part.train.class_names for part in parts]
-    class_names = tuple(name for names in classes for name in names)
-    return Scenario(
-        "class",
-        class_names,
-        tuple(_experience(part, class_names) for part in parts),
-    )
+    function = continuum_function(config.source)
+    if function is not None:
+        if config.classes or config.split:
+            raise DataError(
+                f"data.source {config.source} says which classes arrive when; leave data.classes "
+                "and data.split empty"
+            )
+        returned = returned_by(function)
+        both = returned if isinstance(returned, tuple) else (returned, None)
+        if len(both) != 2:
+            raise DataError(
+                f"{function} returned {len(both)} things; return a scenario or (train, test) "
+                "scenarios"
+            )
+        experiences = from_continuum(*both, seed=seed, fraction=config.fraction)
+        class_names = tuple(dict.fromkeys(name for e in experiences for name in e.classes))
+    else:
+        parts = load_parts(config, seed)
+        class_names = tuple(name for part in parts for name in part.train.class_names)
+        experiences = tuple(_experience(part, class_names) for part in parts)
+    return _of_kind(kind, class_names, experiences)
+
+
+def _of_kind(
+    kind: Kind, class_names: tuple[str, ...], experiences: tuple[Experience, ...]
+) -> Scenario:
+    """The scenario of these experiences, if they are of that kind."""
+    shown = [set(e.classes) for e in experiences]
+    if kind == "task":
+        if sum(map(len, shown)) > len(class_names):
+            raise DataError(
+                "experiences have a class in common, so that it is of no one task; choose the "
+                "scenario class"
+            )
+        task = {name: number for number, names in enumerate(shown) for name in names}
+        tasks = tuple(task[name] for name in class_names)
+        return Scenario(kind, class_names, experiences, tasks)
+    if kind == "domain" and any(names != shown[0] for names in shown):
+        raise DataError(
+            "the experiences do not all have the same classes; choose the scenario class"
+        )
+    return Scenario(kind, class_names, experiences)
 
 
 def _experience(part: DataSource, class_names: tuple[str, ...]) -> Experience:
@@ -247,7 +294,11 @@ def _scenario(arrays: SourceArrays, kind: Kind, groups: list[list[int]]) -> Scen
 
 
 def from_continuum(
-    train_scenario: Iterable[Any], test_scenario: Iterable[Any] | None = None, *, seed: int = 0
+    train_scenario: Iterable[Any],
+    test_scenario: Iterable[Any] | None = None,
+    *,
+    seed: int = 0,
+    fraction: float = 1.0,
 ) -> tuple[Experience, ...]:
     """The experiences of a scenario of the continuum library.
 
@@ -262,7 +313,8 @@ def from_continuum(
         train_scenario: Yields task sets of image arrays or image paths.
         test_scenario: The same tasks with test images; None takes a fifth of every class of
             each task.
-        seed: Decides that fifth.
+        seed: Decides that fifth and the fraction.
+        fraction: Share of the images of each class of each task that is kept.
 
     Raises:
         DataError: If the task sets hold no images of one size, or train and test do not match.
@@ -281,6 +333,17 @@ def from_continuum(
                 "make both with the same settings"
             )
         parts = [DataSource(*pair) for pair in zip(train, test, strict=True)]
+    if fraction < 1:
+        # Drawn anew for each part of each task, for the same reason.
+        parts = [
+            DataSource(
+                *(
+                    thinned(images, fraction, np.random.default_rng(seed))
+                    for images in (part.train, part.test)
+                )
+            )
+            for part in parts
+        ]
     names = tuple(dict.fromkeys(name for images in train for name in images.class_names))
     experiences = tuple(_experience(part, names) for part in parts)
     shapes = {images.shape[1:] for e in experiences for images in (e.train_images, e.test_images)}

@@ -6,7 +6,7 @@ used for. Nothing is ever downloaded.
 
 from lifelong_ray.datasets.cleaning import check_lengths, clean_images, clean_labels
 from lifelong_ray.datasets.files import image_file
-from lifelong_ray.datasets.items import from_torch_dataset
+from lifelong_ray.datasets.items import from_torch_dataset, returned_by
 from lifelong_ray.datasets.labelled import (
     DataSource,
     ImageArrays,
@@ -16,8 +16,8 @@ from lifelong_ray.datasets.labelled import (
     as_source_arrays,
     natural_order,
 )
-from lifelong_ray.datasets.load import load_parts, load_source
-from lifelong_ray.datasets.parts import class_order, hold_out
+from lifelong_ray.datasets.load import comes_in_parts, continuum_function, load_parts, load_source
+from lifelong_ray.datasets.parts import class_order, hold_out, thinned
 
 __all__ = [
     "DataSource",
@@ -30,10 +30,14 @@ __all__ = [
     "class_order",
     "clean_images",
     "clean_labels",
+    "comes_in_parts",
+    "continuum_function",
     "from_torch_dataset",
     "hold_out",
     "image_file",
     "load_parts",
     "load_source",
     "natural_order",
+    "returned_by",
+    "thinned",
 ]

@@ -81,11 +81,7 @@ def from_function(source: str) -> DataSource | LabelledImages:
     Raises:
         DataError: If it cannot be imported, fails, or returns something else.
     """
-    function = _imported(source)
-    try:
-        returned = function()
-    except Exception as error:
-        raise DataError(f"data.source {source} failed when it was called: {error!r}") from error
+    returned = returned_by(source)
     if not isinstance(returned, tuple):
         return from_torch_dataset(returned, name=source)
     if len(returned) != 2:
@@ -97,6 +93,19 @@ def from_function(source: str) -> DataSource | LabelledImages:
         from_torch_dataset(train, name=f"{source}:train"),
         from_torch_dataset(test, name=f"{source}:test"),
     )
+
+
+def returned_by(source: str) -> Any:
+    """What a function of the user's, ``package.module:function``, returns without arguments.
+
+    Raises:
+        DataError: If it cannot be imported or fails.
+    """
+    function = _imported(source)
+    try:
+        return function()
+    except Exception as error:
+        raise DataError(f"data.source {source} failed when it was called: {error!r}") from error
 
 
 def _imported(source: str) -> Callable[[], Any]:
@@ -112,7 +121,7 @@ def _imported(source: str) -> Callable[[], Any]:
     if not callable(function):
         raise DataError(
             f"{module_name} has no function {name}; data.source {source} is to name one that "
-            "takes no arguments and returns (train, test) data sets"
+            "takes no arguments and returns (train, test) data sets or scenarios"
         )
     return cast(Callable[[], Any], function)
 

@@ -24,6 +24,7 @@ from lifelong_ray.types import DataError
 _log = logging.getLogger(__name__)
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _CIFAR100_IN_PARTS = re.compile(r"cifar100-\d+(\+\d+)+")
+_CONTINUUM = "continuum:"
 # Class orders are drawn as in the literature, so that results can be laid side by side.
 _LITERATURE_SEED = 1993
 
@@ -80,6 +81,20 @@ def load_parts(config: DataConfig, seed: int) -> tuple[DataSource, ...]:
     )
 
 
+def comes_in_parts(config: DataConfig) -> bool:
+    """Whether the configuration itself says in which parts the classes arrive."""
+    return bool(
+        config.split
+        or _CIFAR100_IN_PARTS.fullmatch(config.source)
+        or continuum_function(config.source)
+    )
+
+
+def continuum_function(source: str) -> str | None:
+    """The function of ``continuum:package.module:function``; None for any other source."""
+    return source.removeprefix(_CONTINUUM) if source.startswith(_CONTINUUM) else None
+
+
 def _cut(names: tuple[str, ...], sizes: Sequence[int]) -> list[tuple[str, ...]]:
     ends = np.cumsum(sizes).tolist()
     return [names[end - size : end] for size, end in zip(sizes, ends, strict=True)]
@@ -122,6 +137,12 @@ def _whole(name: str, config: DataConfig, seed: int) -> DataSource:
 
 
 def _read(name: str, folder: Path) -> DataSource | LabelledImages:
+    if continuum_function(name):
+        raise DataError(
+            f"data.source {name} is a scenario, whose experiences arrive one after the other; "
+            "benchmarks/continual.py takes it, and a training takes a function that returns "
+            "(train, test) data sets as package.module:function"
+        )
     if name == "digits":
         return files.digits()
     if name.startswith("torchvision:"):

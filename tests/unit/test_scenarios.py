@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -15,7 +16,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lifelong_ray.config import DataConfig
-from lifelong_ray.datasets import DataSource, LabelledImages, SourceArrays, class_order
+from lifelong_ray.datasets import (
+    DataSource,
+    LabelledImages,
+    SourceArrays,
+    class_order,
+    comes_in_parts,
+    load_source,
+)
 from lifelong_ray.scenarios import (
     Kind,
     Scenario,
@@ -408,3 +416,105 @@ def test_task_sets_that_hold_something_else_are_refused(task: Any, message: str)
 def test_scenarios_that_do_not_match_are_refused(train: Any, test: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         from_continuum(train, test)
+
+
+def test_a_fraction_of_every_class_of_every_task_is_kept() -> None:
+    labels = [0, 1] * 10
+
+    experiences = from_continuum(tasks(labels, labels), tasks(labels, labels), fraction=0.2)
+
+    for experience in experiences:
+        assert np.bincount(experience.train_labels).tolist() == [2, 2]
+        assert np.bincount(experience.test_labels).tolist() == [2, 2]
+    first, second = (number_of(e.train_images) % 100 for e in experiences)
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.fixture
+def user_module(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A module of the user's, whose functions are set by the tests."""
+    module = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "my_scenarios", module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "tasks_of_class"),
+    [
+        ("class", ([1, 0, 1, 0], [2, 2, 0, 0]), ()),
+        ("task", ([1, 0, 1, 0], [2, 2, 3, 3]), (0, 0, 1, 1)),
+        ("domain", ([1, 0, 1, 0], [0, 0, 1, 1]), ()),
+    ],
+)
+def test_a_function_may_return_a_scenario_of_continuum(
+    user_module: SimpleNamespace, kind: Kind, labels: Any, tasks_of_class: tuple[int, ...]
+) -> None:
+    user_module.mine = lambda: (tasks(*labels), tasks(*labels))
+
+    scenario = load_scenario(DataConfig(source="continuum:my_scenarios:mine"), 0, kind)
+
+    assert (scenario.kind, scenario.task_of_class) == (kind, tasks_of_class)
+    assert scenario.class_names[:2] == ("0", "1")
+    for experience, wanted in zip(scenario.experiences, labels, strict=True):
+        assert [scenario.class_names[i] for i in experience.train_labels] == list(map(str, wanted))
+
+
+def test_a_scenario_without_a_test_part_gives_a_fifth_to_it(user_module: SimpleNamespace) -> None:
+    user_module.mine = lambda: tasks([0, 1] * 10)
+
+    scenario = load_scenario(DataConfig(source="continuum:my_scenarios:mine"), 0)
+
+    assert len(scenario.experiences[0].test_labels) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("task", "have a class in common"), ("domain", "do not all have the same classes")],
+)
+def test_experiences_of_another_kind_are_refused(
+    user_module: SimpleNamespace, kind: Kind, message: str
+) -> None:
+    user_module.mine = lambda: tasks([0, 1, 0, 1], [1, 2, 1, 2])
+
+    with pytest.raises(DataError, match=message):
+        load_scenario(DataConfig(source="continuum:my_scenarios:mine"), 0, kind)
+
+
+def test_a_scenario_says_itself_which_classes_arrive(user_module: SimpleNamespace) -> None:
+    config = DataConfig(source="continuum:my_scenarios:mine", split=(1, 1))
+
+    with pytest.raises(DataError, match=r"leave data\.classes and data\.split empty"):
+        load_scenario(config, 0)
+
+
+def test_a_function_that_returns_too_much_is_refused(user_module: SimpleNamespace) -> None:
+    user_module.mine = lambda: (1, 2, 3)
+
+    with pytest.raises(DataError, match=r"returned 3 things; return a scenario or \(train, test\)"):
+        load_scenario(DataConfig(source="continuum:my_scenarios:mine"), 0)
+
+
+def test_a_training_does_not_take_a_scenario() -> None:
+    with pytest.raises(DataError, match=r"is a scenario, .* benchmarks/continual\.py takes it"):
+        load_source(DataConfig(source="continuum:my_scenarios:mine"), 0)
+
+
+def test_parts_of_classes_are_no_domains() -> None:
+    with pytest.raises(DataError, match="do not all have the same classes"):
+        load_scenario(DataConfig(source="digits", split=(6, 4)), 0, "domain")
+
+
+@pytest.mark.parametrize(
+    ("config", "in_parts"),
+    [
+        (DataConfig(source="digits"), False),
+        (DataConfig(source="digits", split=(6, 4)), True),
+        (DataConfig(source="cifar100-50+50"), True),
+        (DataConfig(source="continuum:a:b"), True),
+        (DataConfig(source="torchvision:CIFAR100"), False),
+    ],
+)
+def test_a_configuration_tells_whether_classes_come_in_parts(
+    config: DataConfig, in_parts: bool
+) -> None:
+    assert comes_in_parts(config) is in_parts
