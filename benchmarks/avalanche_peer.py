@@ -6,15 +6,19 @@
         --methods naive,derpp --order 0,1,2,3,4,5,6,7,8,9 --seed 0 --out peer.json
 
 Runs in the environment that ``make avalanche`` makes and imports nothing of this project.
-The data file holds ``x_train``, ``y_train``, ``x_test`` and ``y_test``; images are uint8.
+The data file holds ``x_train``, ``y_train``, ``x_test`` and ``y_test``; images are uint8. Where it
+also holds ``t_train`` and ``t_test``, the experience of every example, nothing is cut or numbered
+anew: so `benchmarks/continual.py` hands over the very experiences that it uses itself. The order
+then only says of how many original classes the memory is.
 
 The protocol: the classes, in the order given, are cut into experiences of equal size; every
 experience gets exactly so many iterations; the network is a multilayer perceptron on pixels
 from 0 to 1, with one head for all labels; Adam keeps its state from one experience to the
 next, which is Avalanche's way. In the scenario ``class`` a label is the place of the class in
-the order, in ``domain`` its place within its experience. The memory holds `memory_per_class`
-examples times the number of original classes in either scenario, and is full from the first
-experience on.
+the order, in ``domain`` its place within its experience. With ``--precision bf16`` the network
+runs under autocast while it trains, its logits and the losses in float32. The memory holds
+`memory_per_class` examples times the number of original classes in either scenario, and is full
+from the first experience on.
 
 The settings of the strategies that the command starts with are the best of a few tries on Split
 MNIST, judged on its test part, which favours Avalanche. DER++: (0.1, 0.5), (0.2, 1), (0.5, 1) and
@@ -70,6 +74,8 @@ class Settings:
         ewc_lambda: Times an importance that is the squared gradient of a batch's mean.
         lwf_alpha: Distillation weighs this much times the number of past experiences.
         lwf_temperature: Softens both answers; Avalanche has no squared factor.
+        precision: ``fp32``, or ``bf16`` for the network's products while it trains.
+        device: ``cpu`` or ``cuda``.
     """
 
     scenario: str
@@ -86,6 +92,8 @@ class Settings:
     ewc_lambda: float
     lwf_alpha: float
     lwf_temperature: float
+    precision: str = "fp32"
+    device: str = "cpu"
 
     @property
     def memory_size(self) -> int:
@@ -96,11 +104,6 @@ class Settings:
     def classes_per_experience(self) -> int:
         """Original classes of one experience."""
         return len(self.order) // self.num_experiences
-
-    @property
-    def num_outputs(self) -> int:
-        """Width of the head."""
-        return len(self.order) if self.scenario == "class" else self.classes_per_experience
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,9 @@ def load_parts(path: Path, settings: Settings) -> tuple[list[Part], list[Part]]:
         ValueError: If the order does not name each class of the file once, or cannot be cut.
     """
     with np.load(path) as file:
-        arrays = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
+        arrays = {name: file[name] for name in file.files}
+    if "t_train" in arrays:
+        return _as_they_are(arrays, "train"), _as_they_are(arrays, "test")
     known = sorted(set(arrays["y_train"].tolist()))
     if sorted(settings.order) != known:
         raise ValueError(f"the order {list(settings.order)} must name each class of {known} once")
@@ -184,6 +189,24 @@ def load_parts(path: Path, settings: Settings) -> tuple[list[Part], list[Part]]:
     )
 
 
+def _as_they_are(arrays: dict[str, Any], part: str) -> list[Part]:
+    images, labels, experiences = (arrays[f"{kind}_{part}"] for kind in "xyt")
+    return [
+        _part(images[experiences == experience], labels[experiences == experience])
+        for experience in range(int(experiences.max()) + 1)
+    ]
+
+
+def _part(images: Any, labels: Any) -> Part:
+    pixels = torch.from_numpy(images).flatten(1).float() / 255
+    return Part(pixels, torch.from_numpy(labels))
+
+
+def num_outputs(train_parts: list[Part]) -> int:
+    """Width of the head: one output for every label that ever comes."""
+    return 1 + max(int(part.labels.max()) for part in train_parts)
+
+
 def _cut(images: Any, labels: Any, settings: Settings) -> list[Part]:
     place = np.zeros(max(settings.order) + 1, dtype=np.int64)
     place[list(settings.order)] = np.arange(len(settings.order))
@@ -194,19 +217,38 @@ def _cut(images: Any, labels: Any, settings: Settings) -> list[Part]:
         own = placed[chosen]
         if settings.scenario == "domain":
             own = own % settings.classes_per_experience
-        pixels = torch.from_numpy(images[chosen]).flatten(1).float() / 255
-        parts.append(Part(pixels, torch.from_numpy(own)))
+        parts.append(_part(images[chosen], own))
     return parts
 
 
-def build_network(num_pixels: int, settings: Settings) -> nn.Sequential:
+class Trained(nn.Module):
+    """A network whose products are in bf16 while it trains, as this project's trainer has it.
+
+    Attributes:
+        network: Its weights, and its answers otherwise, are in float32.
+    """
+
+    def __init__(self, network: nn.Module, device: str) -> None:
+        super().__init__()
+        self.network = network
+        self._device = device
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits in float32."""
+        with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self.training):
+            logits: Tensor = self.network(images)
+        return logits.float()
+
+
+def build_network(num_pixels: int, width_out: int, settings: Settings) -> nn.Module:
     """Build the perceptron; its weights follow from the global random state."""
     layers: list[nn.Module] = []
     width = num_pixels
     for units in settings.hidden:
         layers += [nn.Linear(width, units), nn.ReLU()]
         width = units
-    return nn.Sequential(*layers, nn.Linear(width, settings.num_outputs))
+    network = nn.Sequential(*layers, nn.Linear(width, width_out))
+    return Trained(network, settings.device) if settings.precision == "bf16" else network
 
 
 def _strategy(method: str, model: nn.Module, settings: Settings, stop: StopAfter) -> Any:
@@ -224,7 +266,7 @@ def _strategy(method: str, model: nn.Module, settings: Settings, stop: StopAfter
         "criterion": nn.CrossEntropyLoss(),
         "train_mb_size": settings.batch_size,
         "train_epochs": settings.num_iterations + 1,  # More than can be needed; see StopAfter.
-        "device": "cpu",
+        "device": settings.device,
         "plugins": [stop],
         "evaluator": None,
     }
@@ -278,7 +320,8 @@ def run_method(
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
     stop = StopAfter(settings.num_iterations)
-    model = build_network(train_parts[0].images.shape[1], settings)
+    model = build_network(train_parts[0].images.shape[1], num_outputs(train_parts), settings)
+    model.to(settings.device)
     strategy = _strategy(method, model, settings, stop)
     datasets = [_make_taskaware_classification_dataset(Rows(part)) for part in train_parts]
     stream = benchmark_from_datasets(train=datasets).streams["train"]
@@ -288,10 +331,12 @@ def run_method(
     for experience in stream:
         began, cpu_began = time.perf_counter(), time.process_time()
         strategy.train(experience, eval_streams=[], num_workers=0, drop_last=True)
+        if settings.device == "cuda":
+            torch.cuda.synchronize()
         cpu_seconds.append(time.process_time() - cpu_began)
         seconds.append(time.perf_counter() - began)
         rows.append([accuracy(strategy.model, part) for part in test_parts])
-    expected = settings.num_iterations * settings.num_experiences
+    expected = settings.num_iterations * len(train_parts)
     if stop.total != expected:
         raise RuntimeError(f"{method} ran {stop.total} iterations, not {expected}")
     sizes = [len(part.labels) for part in test_parts]
@@ -311,7 +356,10 @@ def run_method(
 def accuracy(model: nn.Module, part: Part) -> float:
     """Return the share of a part's examples that the model gets right."""
     model.eval()
-    answers = torch.cat([model(piece).argmax(1) for piece in part.images.split(_TEST_CHUNK)])
+    device = next(model.parameters()).device
+    answers = torch.cat(
+        [model(piece.to(device)).argmax(1).cpu() for piece in part.images.split(_TEST_CHUNK)]
+    )
     return float((answers == part.labels).float().mean())
 
 
@@ -334,6 +382,8 @@ def main() -> None:
     parser.add_argument("--ewc-lambda", type=float, default=1e6)
     parser.add_argument("--lwf-alpha", type=float, default=4.0, help="times past experiences")
     parser.add_argument("--lwf-temperature", type=float, default=2.0)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     given = parser.parse_args()
     methods = given.methods.split(",")
@@ -357,6 +407,8 @@ def main() -> None:
         ewc_lambda=given.ewc_lambda,
         lwf_alpha=given.lwf_alpha,
         lwf_temperature=given.lwf_temperature,
+        precision=given.precision,
+        device=given.device,
     )
     try:
         train_parts, test_parts = load_parts(given.data, settings)

@@ -15,18 +15,87 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
 
 from lifelong_ray.config import DataConfig
-from lifelong_ray.datasets import SourceArrays, as_source_arrays, load_source
+from lifelong_ray.datasets import (
+    SourceArrays,
+    as_source_arrays,
+    comes_in_parts,
+    load_source,
+)
 from lifelong_ray.learning import Labelled, keep_freed_memory
+from lifelong_ray.scenarios import Kind, Scenario, grow, load_scenario, split
 
 keep_freed_memory()
 
+DATA_HELP = (
+    "An .npz, what else data.source takes, cifar100-50+50, or continuum:package.module:function."
+)
+DEFAULT_FOLDER = DataConfig().folder
+_LEAST_EXPERIENCES = 2
 
-def load_arrays(data: str, fraction: float) -> SourceArrays:
+
+def data_config(data: str, fraction: float, folder: str = DEFAULT_FOLDER) -> DataConfig:
+    """What is to be loaded, as the configuration's branch."""
+    return DataConfig(source=data, fraction=fraction, folder=folder)
+
+
+def load_arrays(config: DataConfig) -> SourceArrays:
     """Load whatever `data.source` accepts, whole or a share of it."""
-    return as_source_arrays(load_source(DataConfig(source=data, fraction=fraction), seed=0))
+    return as_source_arrays(load_source(config, seed=0))
+
+
+def cut_scenario(
+    config: DataConfig, kind: Kind, num_experiences: int, order_seed: int = 0
+) -> tuple[Scenario, int]:
+    """Load data as a sequence of experiences.
+
+    Data that comes in parts by itself (CIFAR-100 as 50 + 50 classes, a scenario of continuum)
+    keeps them; any other is cut into so many groups of classes.
+
+    Returns:
+        The scenario, and how many classes the data has.
+    """
+    if comes_in_parts(config):
+        scenario = load_scenario(config, seed=0, kind=kind)
+        found = len(scenario.experiences)
+        if found < _LEAST_EXPERIENCES:
+            raise typer.BadParameter(
+                f"{config.source} has {found} experience; at least 2 are needed to forget one"
+            )
+        print(f"{config.source} says itself which classes arrive when: {found} experiences")
+        return scenario, len(scenario.class_names)
+    arrays = load_arrays(config)
+    scenario = split(arrays, kind, num_experiences, order=order_seed or None)
+    return scenario, len(arrays.class_names)
+
+
+def growing_scenario(config: DataConfig, new_classes: str) -> Scenario:
+    """Load data as two experiences, the second of which brings only classes that are new.
+
+    Args:
+        config: What to load.
+        new_classes: Names of the classes that arrive later, comma-separated; must be empty
+            where the data says so itself.
+    """
+    if not comes_in_parts(config):
+        if not new_classes:
+            raise typer.BadParameter("--new-classes is empty; name the labels that arrive later")
+        return grow(load_arrays(config), new_classes.split(","))
+    if new_classes:
+        raise typer.BadParameter(
+            f"{config.source} says itself which classes arrive later; leave out --new-classes"
+        )
+    # As known tasks, whose experiences have no class in common.
+    scenario = load_scenario(config, seed=0, kind="task")
+    if len(scenario.experiences) != 2:
+        raise typer.BadParameter(
+            f"{config.source} has {len(scenario.experiences)} experiences, and one update is "
+            "measured, from the first to the second; benchmarks/continual.py takes any number"
+        )
+    return scenario
 
 
 def as_tensors(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Labelled:
@@ -34,10 +103,22 @@ def as_tensors(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Labelled
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 
-def native_precision() -> Literal["fp32", "bf16"]:
-    """bf16 where the device multiplies in it, else fp32."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+def chosen_device(wanted: str) -> str:
+    """Resolve --device: auto is cuda where there is one, else cpu."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def chosen_precision(wanted: str, device: str) -> Literal["fp32", "bf16"]:
+    """Resolve --precision: auto is bf16 where the device multiplies in it, else fp32."""
+    if wanted not in ("auto", "fp32", "bf16"):
+        raise typer.BadParameter(f"{wanted} is not a precision; choose fp32 or bf16")
+    if wanted != "auto":
+        return "bf16" if wanted == "bf16" else "fp32"
+    if device == "cuda":
+        able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if able else "fp32"
     flags = Path("/proc/cpuinfo")
     has = flags.exists() and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags.read_text())
     return "bf16" if has else "fp32"
@@ -66,6 +147,12 @@ def write(out: Path | None, report: dict[str, Any]) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"written to {out}")
+
+
+def skip(out: Path | None, setup: dict[str, object], reason: str) -> None:
+    """Report that a command measured nothing, and why."""
+    print(f"skipped: {reason}")
+    write(out, {"setup": setup, "skipped": reason})
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

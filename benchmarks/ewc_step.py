@@ -20,8 +20,9 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from common import set_up, table, write
-from fisher import CLOCKS, MODELS
+from common import chosen_precision, set_up, table, write
+from fisher import CLOCKS, MODELS, under
+from peak import Precision, device_name, throughput, training_flops_per_example, why_not_on
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,6 +42,10 @@ def main(
     steps: Annotated[int, typer.Option(help="Pairs of steps per model and way.")] = 400,
     batch: Annotated[int, typer.Option(help="Examples per step.")] = 128,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16, of the step's products.")] = "fp32",
+    peak_tflops: Annotated[
+        float, typer.Option(help="The device's peak, 1e12 per second; 0: by its name.")
+    ] = 0.0,
     threads: Annotated[int, typer.Option(help="Of torch; 0 leaves its own number.")] = 0,
     clock: Annotated[
         str, typer.Option(help="wall, or cpu where other programs share the cores.")
@@ -51,9 +56,24 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     results: dict[str, Any] = {}
+    if unknown := set(models.split(",")) - MODELS.keys():
+        raise typer.BadParameter(f"{min(unknown)} is not a model; choose from {', '.join(MODELS)}")
+    reason = why_not_on(device)
     for name in models.split(","):
+        if reason:
+            print(f"{name} is skipped: {reason}")
+            results[name] = {"skipped": reason}
+            continue
         try:
-            results[name] = _measure(name, steps, batch, device, CLOCKS[clock])
+            results[name] = measure(
+                name,
+                steps,
+                batch,
+                device=device,
+                precision=chosen_precision(precision, device),
+                peak_tflops=peak_tflops,
+                now_s=CLOCKS[clock],
+            )
         except LifelongError as error:
             print(f"{name} is left out: {error}")
             continue
@@ -68,13 +88,32 @@ def main(
             for way, found in results[name]["ways"].items()
         ]
         print(table(_COLUMNS, rows), flush=True)
-    setup = set_up(steps=steps, batch=batch, optimizer="AdamW, fused", device=device, clock=clock)
+    setup = set_up(
+        steps=steps,
+        batch=batch,
+        optimizer="AdamW, fused",
+        device=device,
+        precision=precision,
+        clock=clock,
+    )
     write(out, {"setup": setup, "models": results})
 
 
-def _measure(
-    name: str, steps: int, batch: int, device: str, now_s: Callable[[], float]
+def measure(
+    name: str,
+    steps: int,
+    batch: int,
+    *,
+    device: str,
+    precision: Precision,
+    peak_tflops: float,
+    now_s: Callable[[], float],
 ) -> dict[str, Any]:
+    """Measure one of `MODELS`; arguments as the command's options.
+
+    Raises:
+        LearningError: If the model cannot be built here.
+    """
     config = MODELS[name]
     model = build_model(config, _NUM_CLASSES, seed=0).to(device)
     model.train()
@@ -90,7 +129,9 @@ def _measure(
 
     def step(way: str) -> None:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model.trained_logits(images), labels)
+        with under(precision, model.device):
+            logits_BC = model.trained_logits(images)
+        loss = F.cross_entropy(logits_BC.float(), labels)
         if way == "by_autograd":
             loss = loss + _LAMBDA * penalty(weights)
         loss.backward()
@@ -99,7 +140,18 @@ def _measure(
         optimizer.step()
 
     ways = {way: _paired(step, way, steps, device, now_s) for way in ("in_place", "by_autograd")}
-    return {"num_weights": _count(weights), "ways": ways}
+    return {
+        "num_weights": _count(weights),
+        "plain_throughput": throughput(
+            training_flops_per_example(config, _NUM_CLASSES),
+            batch,
+            ways["in_place"]["plain_step_ms_median"] / 1e3,
+            device=device_name(device),
+            precision=precision,
+            peak_tflops=peak_tflops,
+        ),
+        "ways": ways,
+    }
 
 
 def _count(weights: dict[str, nn.Parameter]) -> int:

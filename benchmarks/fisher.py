@@ -4,9 +4,10 @@
         --out benchmarks/results/fisher.json
 
 A plain pass is forward, cross-entropy and backward to all weights in batches of 128, without
-an optimizer, in whichever memory format is faster. Estimators, plain passes and two general
-ways to the same numbers, vmap and a loop over batches of one, take turns; the general ways
-run on fewer examples and are scaled up.
+an optimizer, in whichever memory format is faster. `--precision` is that of the plain pass alone:
+the estimators compute in float32, whatever a training does. Estimators, plain passes and two
+general ways to the same numbers, vmap and a loop over batches of one, take turns; the general
+ways run on fewer examples and are scaled up.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import set_up, table, write
+from common import chosen_precision, set_up, table, write
+from peak import (
+    Precision,
+    device_name,
+    throughput,
+    training_flops_per_example,
+    why_not_on,
+)
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
@@ -65,6 +73,10 @@ def main(
         int, typer.Option(help="Images for vmap and the loop; 0 leaves them out.")
     ] = 128,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16, of the plain pass.")] = "fp32",
+    peak_tflops: Annotated[
+        float, typer.Option(help="The device's peak, 1e12 per second; 0: by its name.")
+    ] = 0.0,
     threads: Annotated[int, typer.Option(help="Of torch; 0 leaves its own number.")] = 0,
     clock: Annotated[
         str, typer.Option(help="wall, or cpu where other programs share the cores.")
@@ -78,38 +90,63 @@ def main(
     results: dict[str, Any] = {}
     if unknown := set(models.split(",")) - MODELS.keys():
         raise typer.BadParameter(f"{min(unknown)} is not a model; choose from {', '.join(MODELS)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("there is no GPU here; leave --device at cpu")
+    reason = why_not_on(device)
     for name in models.split(","):
+        if reason:
+            print(f"{name} is skipped: {reason}")
+            results[name] = {"skipped": reason}
+            continue
         try:
-            model = build_model(MODELS[name], _NUM_CLASSES, seed=0).to(device)
+            results[name] = measure(
+                name,
+                examples,
+                rounds,
+                exact_rounds=exact_rounds,
+                num_general=general_examples,
+                device=device,
+                precision=chosen_precision(precision, device),
+                peak_tflops=peak_tflops,
+                now_s=now_s,
+            )
         except LifelongError as error:
             print(f"{name} is left out: {error}")
             continue
-        results[name] = _measure(
-            model, MODELS[name], examples, rounds, exact_rounds, general_examples, now_s
-        )
         print(table(_COLUMNS, _table_rows(name, results[name])), flush=True)
     write(
         out,
         {
             "setup": set_up(
-                examples=examples, batch=_BATCH, rounds=rounds, device=device, clock=clock
+                examples=examples,
+                batch=_BATCH,
+                rounds=rounds,
+                device=device,
+                precision=precision,
+                clock=clock,
             ),
             "models": results,
         },
     )
 
 
-def _measure(
-    model: Classifier,
-    config: ModelConfig,
+def measure(
+    name: str,
     num_examples: int,
     rounds: int,
+    *,
     exact_rounds: int,
     num_general: int,
+    device: str,
+    precision: Precision,
+    peak_tflops: float,
     now_s: Callable[[], float],
 ) -> dict[str, Any]:
+    """Measure one of `MODELS`; arguments as the command's options.
+
+    Raises:
+        LearningError: If the model cannot be built here.
+    """
+    config = MODELS[name]
+    model = build_model(config, _NUM_CLASSES, seed=0).to(device)
     generator = torch.Generator().manual_seed(0)
     shape = (num_examples, config.channels, config.image_size, config.image_size)
     images = torch.randint(0, 256, shape, generator=generator).to(torch.uint8).to(model.device)
@@ -117,8 +154,8 @@ def _measure(
     model.eval()
     first = model.copy().to(memory_format=torch.contiguous_format)
     ways: dict[str, tuple[Callable[[], object], float, int]] = {
-        "plain_contiguous": (partial(_plain, first, images, labels), 1, rounds),
-        "plain_channels_last": (partial(_plain, model, images, labels), 1, rounds),
+        "plain_contiguous": (partial(_plain, first, images, labels, precision), 1, rounds),
+        "plain_channels_last": (partial(_plain, model, images, labels, precision), 1, rounds),
     }
     for estimator, turns in (
         ("empirical", rounds),
@@ -131,42 +168,57 @@ def _measure(
         scale = num_examples / len(few[0])
         ways["empirical_by_vmap"] = (partial(_by_vmap, model, *few), scale, min(rounds, 3))
         ways["empirical_by_loop"] = (partial(_by_loop, model, *few), scale, min(rounds, 3))
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(rounds + 1):
-        for name, (run, scale, turns) in ways.items():
+        for way, (run, scale, turns) in ways.items():
             # The first turn warms up and does not count.
-            if turn <= turns and (turn or name != "exact"):
+            if turn <= turns and (turn or way != "exact"):
                 took_s = _timed(run, model.device, now_s) * scale
                 if turn:
-                    seconds[name].append(took_s)
+                    seconds[way].append(took_s)
     plain_s = min(statistics.median(seconds[f"plain_{f}"]) for f in ("contiguous", "channels_last"))
     report: dict[str, Any] = {
         "num_weights": sum(weight.numel() for weight in model.parameters()),
         "plain_seconds": plain_s,
+        "plain_throughput": throughput(
+            training_flops_per_example(config, _NUM_CLASSES),
+            num_examples,
+            plain_s,
+            device=device_name(device),
+            precision=precision,
+            peak_tflops=peak_tflops,
+        ),
         "ways": {},
     }
-    for name, took in seconds.items():
+    for way, took in seconds.items():
         if not took:
             continue
         low, median, high = _quartiles(took)
-        report["ways"][name] = {
+        report["ways"][way] = {
             "seconds_median": median,
             "seconds_quartiles": [low, high],
             "ratio_to_plain_pass": median / plain_s,
         }
-        if name in ("empirical", "exact"):
-            report["ways"][name] |= _errors(model, images, labels, name)
+        if way in ("empirical", "exact"):
+            report["ways"][way] |= _errors(model, images, labels, way)
     return report
 
 
-def _plain(model: Classifier, images: Tensor, labels: Tensor) -> None:
+def _plain(model: Classifier, images: Tensor, labels: Tensor, precision: Precision) -> None:
     for first in range(0, len(images), _BATCH):
         piece = slice(first, first + _BATCH)
         model.zero_grad()
         inputs = images[piece]
         if _is_channels_last(model):
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        F.cross_entropy(model.trained_logits(inputs), labels[piece]).backward()
+        with under(precision, model.device):
+            logits_BC = model.trained_logits(inputs)
+        F.cross_entropy(logits_BC.float(), labels[piece]).backward()
+
+
+def under(precision: Precision, device: torch.device) -> torch.autocast:
+    """The precision of products, as the trainer sets it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def _is_channels_last(model: Classifier) -> bool:

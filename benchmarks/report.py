@@ -60,6 +60,12 @@ What the penalty adds to a training step of 128 images, from steps with and with
 way. It weighs most in the MLP, which uses each of its many weights once per image: the penalty
 reads and writes them all, and takes as long as the memory does.
 """
+_GPU = """## Share of a GPU's peak
+
+Operations of matrix products and convolutions per second, as a share of the device's documented
+dense peak: of the trainer, of the Fisher's plain pass and of the plain step beside the EWC penalty.
+Optimizer, normalisation and loss take time and count no operation.
+"""
 _UNLEARNING = """## Exact unlearning
 
 A thousand random training images are taken out of the analytic head's sums, and the head is
@@ -87,13 +93,45 @@ def main(
         ]
         if runs:
             parts.append(f"\n{said}")
-        parts += [f"{_said(r['setup'])}\n\n{table(columns, rows_of(r))}\n" for r in runs]
+        parts += [_cost(run, rows_of(run), columns) for run in runs]
     (docs / "benchmarks.md").write_text("\n".join(parts), encoding="utf-8")
     print(f"written {docs / 'benchmarks.md'}")
 
 
+def _cost(report: dict[str, Any], rows: list[list[object]], columns: tuple[str, ...]) -> str:
+    """Figures of a cost benchmark as a table, and what it could not measure."""
+    parts = [_said(report["setup"]), *([table(columns, rows)] if rows else [])]
+    reached = [
+        f"{model} {100 * share:.1f} %"
+        for model, its in report.get("models", {}).items()
+        if (share := its.get("plain_throughput", {}).get("share_of_peak")) is not None
+    ]
+    if reached:
+        parts.append(f"Share of the device's peak without it: {', '.join(reached)}.")
+    parts += _left_out(report)
+    return "\n\n".join(parts) + "\n"
+
+
+def _left_out(report: dict[str, Any]) -> list[str]:
+    """A line for all that was skipped for the same reason."""
+    cases: dict[str, list[str]] = {}
+    for model, its in report.get("models", {}).items():
+        if "skipped" in its:
+            cases.setdefault(its["skipped"], []).append(model)
+        for case, found in its.items():
+            if isinstance(found, dict) and "skipped" in found:
+                cases.setdefault(found["skipped"], []).append(f"{model} {_worded(case)}")
+    return [f"Skipped: {', '.join(names)}: {reason}." for reason, names in cases.items()]
+
+
+def _worded(key: str) -> str:
+    return key.replace("_", " ")
+
+
 def _continual(path: Path, docs: Path) -> str:
     report = json.loads(path.read_text(encoding="utf-8"))
+    if "skipped" in report:
+        return _skipped(path, report)
     setup, methods = report["setup"], report["methods"]
     keys = ("final_accuracy_mean", "final_accuracy_std", "retention_mean", "forgetting_mean")
     keys += ("plasticity_mean", "train_seconds", "samples_seen")
@@ -109,13 +147,35 @@ def _continual(path: Path, docs: Path) -> str:
     columns = ("method", "final accuracy", "std", "retention", "forgetting", "plasticity")
     return (
         f"\n## {title}\n\n{_SCENARIOS[setup['scenario']]}\n{_CONTINUAL}\n"
-        f"{_said(setup)}\n\n"
+        f"{_said(setup)}\n\n{_of_avalanche(setup, methods)}"
         f"{table([*columns, 'seconds', 'samples'], rows)}\n\n![final accuracy]({picture})\n"
     )
 
 
+def _of_avalanche(setup: dict[str, Any], methods: dict[str, Any]) -> str:
+    """Say how Avalanche's strategies ran, where that is not how ours did."""
+    if not any(name.startswith("avalanche ") for name in methods):
+        return ""
+    theirs = setup.get("avalanche", {}).get("precision", "fp32")
+    ours = setup.get("precision", "fp32")
+    if theirs == ours:
+        return f"Avalanche's strategies computed in {theirs} too.\n\n"
+    return (
+        f"Avalanche's strategies computed in {theirs} and ours in {ours}, so read their seconds "
+        "with care.\n\n"
+    )
+
+
+def _skipped(path: Path, report: dict[str, Any]) -> str:
+    """Say in place of figures why there are none."""
+    setup = report["setup"]
+    return f"\n## {setup['data']}: {path.stem}\n\n{_said(setup)}\n\nSkipped: {report['skipped']}.\n"
+
+
 def _update(path: Path, docs: Path) -> str:
     report = json.loads(path.read_text(encoding="utf-8"))
+    if "skipped" in report:
+        return _skipped(path, report)
     setup, methods = report["setup"], report["methods"]
     keys = ("seconds_share", "samples_seen", "accuracy", "old_accuracy", "new_accuracy")
     keys += ("retention", "retention_within_old", "points_over_full")
@@ -173,9 +233,11 @@ def _save(figure: Any, path: Path) -> None:
 def _said(setup: dict[str, Any]) -> str:
     facts = ("seeds", "iterations", "memory_per_class", "epochs", "memory_share", "num_features")
     facts += ("source", "mirror", "shots", "precision")
-    said = [f"{key.replace('_', ' ')} {setup[key]}" for key in facts if setup.get(key)]
+    said = [f"{_worded(key)} {setup[key]}" for key in facts if setup.get(key)]
     how = f"\n\n    {setup['command']}" if "command" in setup else ""
     where = f"on {setup['cpus']} cores, torch {setup['torch']}"
+    if setup.get("device", "cpu") != "cpu" and setup.get("gpu", "none") != "none":
+        where = f"on one {setup['gpu']}, torch {setup['torch']}"
     return f"Measured {setup['date']} {where}{': ' if said else ''}{', '.join(said)}.{how}"
 
 
@@ -207,9 +269,27 @@ def _by_way(
 ) -> list[list[object]]:
     """One row for each model and each way of doing it."""
     return [
-        [model, way.replace("_", " "), *cells(figures)]
+        [model, _worded(way), *cells(figures)]
         for model, its in report["models"].items()
-        for way, figures in its["ways"].items()
+        for way, figures in its.get("ways", {}).items()
+    ]
+
+
+def _gpu_rows(report: dict[str, Any]) -> list[list[object]]:
+    return [
+        [model, _worded(case), *_shares(found["plain_throughput"])]
+        for model, its in report["models"].items()
+        for case, found in its.items()
+        if "skipped" not in found
+    ]
+
+
+def _shares(figures: dict[str, Any]) -> list[object]:
+    peak, share = figures["peak_tflops_per_second"], figures["share_of_peak"]
+    return [
+        f"{figures['tflops_per_second']:.1f}",
+        "-" if peak is None else f"{peak:.0f}",
+        "-" if share is None else f"{100 * share:.1f}",
     ]
 
 
@@ -242,6 +322,12 @@ _COSTS = (
         _STEP,
         _step_rows,
         ("model", "way", "plain step, ms", "penalty, ms", "share, %", "upper 95 % bound, %"),
+    ),
+    (
+        "gpu",
+        _GPU,
+        _gpu_rows,
+        ("model", "case", "TFLOP/s", "peak, TFLOP/s", "share of peak, %"),
     ),
     (
         "unlearning",

@@ -28,7 +28,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import as_tensors, load_arrays, mean_and_std, set_up, table, write
+from common import as_tensors, data_config, load_arrays, mean_and_std, set_up, table, write
 
 from lifelong_ray.config import (
     AnalyticConfig,
@@ -98,7 +98,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
 ) -> None:
     """Measure updates against full retraining and against warm epochs."""
-    arrays = load_arrays(data, fraction)
+    arrays = load_arrays(data_config(data, fraction))
     source = source or ("stages" if model in ("convnet", "resnet20", "resnet32") else "auto")
     scenario = grow(arrays, new_classes.split(","))
     height, channels = arrays.train_images.shape[1], arrays.train_images.shape[3]

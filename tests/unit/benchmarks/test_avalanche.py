@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+from tests.unit.benchmarks.scripts import load
 
-
-def load(name: str) -> ModuleType:
-    """Scripts are no package, and run in other environments too."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-peer, oracle = load("avalanche_peer"), load("avalanche_oracle")
+peer, oracle, run = map(load, ("avalanche_peer", "avalanche_oracle", "avalanche_run"))
+common, sequence = load("common"), load("sequence")
 
 
 def settings(**more: Any) -> Any:
@@ -77,7 +64,7 @@ def test_a_label_is_a_place_in_the_order_or_in_the_experience(
     train, _ = peer.load_parts(data, given)
 
     assert [part.labels.tolist() for part in train] == [row * 2 for row in labels]
-    assert given.num_outputs == outputs
+    assert peer.num_outputs(train) == outputs
 
 
 def test_memory_counts_original_classes_in_both_scenarios() -> None:
@@ -94,6 +81,90 @@ def test_a_protocol_that_does_not_fit_the_data_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         peer.load_parts(data, settings(**wrong))
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> Path:
+    """Six classes of ten images each under text labels, pixels from 0 to 1."""
+    labels = np.array(["owl", "ape", "cat", "emu", "dog", "bat"] * 10)
+    images = np.random.default_rng(0).random((60, 4, 4), dtype=np.float32)
+    path = tmp_path / "named.npz"
+    np.savez(path, x_train=images, y_train=labels, x_test=images[::-1], y_test=labels[::-1])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["class", "domain"])
+def test_avalanche_gets_the_very_experiences(named: Path, tmp_path: Path, kind: str) -> None:
+    config = common.data_config(str(named), 0.5)
+    scenario, num_classes = common.cut_scenario(config, kind, 3, order_seed=7)
+    shared = run.hand_over(scenario, tmp_path)
+
+    parts = peer.load_parts(shared, settings(scenario=kind, order=tuple(range(num_classes))))
+
+    for part, theirs in zip(("train", "test"), parts, strict=True):
+        assert len(theirs) == 3
+        for experience, other in zip(scenario.experiences, theirs, strict=True):
+            images = getattr(experience, f"{part}_images").reshape(-1, 16)
+            np.testing.assert_array_equal((255 * other.images).round(), images)
+            np.testing.assert_array_equal(other.labels, getattr(experience, f"{part}_labels"))
+    assert peer.num_outputs(parts[0]) == len(scenario.class_names)
+
+
+def test_avalanche_runs_under_the_same_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = sequence.Protocol(
+        scenario="domain",
+        iterations=7,
+        batch_size=33,
+        memory_per_class=5,
+        lambda_ewc=123.0,
+        precision="bf16",
+        device="cpu",
+        num_experiences=2,
+        num_classes=4,
+        classes_per_label=2,
+    )
+    command = run.peer_command(protocol, (9, 8), ["er", "ewc"], 3, tmp_path)
+    given: list[Any] = []
+    monkeypatch.setattr(peer, "load_parts", lambda path, settings: ([], []))
+    monkeypatch.setattr(peer, "run_method", lambda name, *rest: given.append(rest[2]) or {
+        "final_accuracy": 0, "train_seconds": 0
+    })  # fmt: skip
+    monkeypatch.setattr(peer, "version", lambda name: "0")
+    monkeypatch.setattr("sys.argv", command[1:])
+
+    peer.main()
+
+    assert given[0] == settings(
+        scenario="domain",
+        num_experiences=2,
+        num_iterations=7,
+        memory_per_class=5,
+        seed=3,
+        order=(0, 1, 2, 3),
+        hidden=(9, 8),
+        batch_size=33,
+        dark_alpha=0.2,
+        ewc_lambda=123.0,
+        lwf_alpha=4.0,
+        precision="bf16",
+    )
+    assert given[0].memory_size == 20
+
+
+def test_avalanche_computes_in_bf16_only_while_it_trains() -> None:
+    images = torch.rand(8, 16)
+    exact = peer.build_network(16, 3, settings())
+    network = peer.build_network(16, 3, settings(precision="bf16"))
+    network.network.load_state_dict(exact.state_dict())
+
+    trained, answered = network(images), network.eval()(images)
+
+    assert trained.dtype == torch.float32
+    torch.testing.assert_close(answered, exact(images), rtol=0, atol=0)
+    assert not torch.equal(trained, answered)
+    torch.testing.assert_close(trained, answered, rtol=0.05, atol=0.05)
 
 
 def test_every_experience_is_stopped_after_its_iterations_and_counted() -> None:
