@@ -100,7 +100,9 @@ def growing_scenario(config: DataConfig, new_classes: str) -> Scenario:
 
 def as_tensors(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Labelled:
     """Images (N, H, W, C) as the learner takes them: (N, C, H, W)."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+    # A source's own array may be read-only, which torch does not take.
+    own = images if images.flags.writeable else images.copy()
+    return torch.from_numpy(own).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 
 def chosen_device(wanted: str) -> str:

@@ -3,7 +3,6 @@
     python benchmarks/unlearning.py --data images.npz --features 2000 --erase 1000 \
         --seeds 3 --out benchmarks/results/unlearning.json
 
-The file holds uint8 images and their labels: ``x_train``, ``y_train``, ``x_test``, ``y_test``.
 Random features are of raw pixels. What is timed is what an erasure costs: the features of the
 erased examples, their subtraction from the sums, and the solution.
 """
@@ -14,10 +13,9 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
-from common import set_up, write
+from common import DEFAULT_FOLDER, as_tensors, data_config, load_arrays, set_up, write
 from torch import Tensor
 
 from lifelong_ray.learning.analytic import AnalyticSums
@@ -43,28 +41,24 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Images and labels, npz.")],
+    data: Annotated[str, typer.Option(help="An .npz, or what else data.source takes.")],
     features: Annotated[int, typer.Option(help="Width of the random projection.")] = 2_000,
     erase: Annotated[int, typer.Option(help="Examples to erase, drawn at random.")] = 1_000,
     seeds: Annotated[int, typer.Option(help="How many, from 0.")] = 3,
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path(
-        "benchmarks/results/unlearning.json"
-    ),
+    fraction: Annotated[float, typer.Option(help="Share of the examples: a dry run.")] = 1.0,
+    folder: Annotated[str, typer.Option(help="As data.folder.")] = DEFAULT_FOLDER,
+    out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
 ) -> None:
     """Measure exactness and cost of erasure, once per seed."""
-    with np.load(data) as arrays:
-        train, test = (
-            (
-                torch.from_numpy(arrays[f"x_{part}"]),
-                torch.from_numpy(arrays[f"y_{part}"].astype(np.int64).reshape(-1)),
-            )
-            for part in ("train", "test")
-        )
+    arrays = load_arrays(data_config(data, fraction, folder))
+    train = as_tensors(arrays.train_images, arrays.train_labels)
+    test = as_tensors(arrays.test_images, arrays.test_labels)
     if not 0 < erase < len(train[0]):
         raise typer.BadParameter(f"--erase must be between 1 and {len(train[0]) - 1}, not {erase}")
     runs = [_measured(train, test, features, erase, seed) for seed in range(seeds)]
     setup = set_up(
-        data=data.name,
+        data=Path(data).name,
+        fraction=fraction,
         num_train_examples=len(train[0]),
         num_features=features,
         num_erased=erase,
