@@ -180,13 +180,14 @@ def _update(path: Path, docs: Path) -> str:
     keys = ("seconds_share", "samples_seen", "accuracy", "old_accuracy", "new_accuracy")
     keys += ("retention", "retention_within_old", "points_over_full")
     rows = [[name, *(figures[key] for key in keys)] for name, figures in methods.items()]
-    picture = f"images/{path.stem}.png"
-    _scatter(methods, docs / picture)
+    picture, shown = f"images/{path.stem}.png", ""
+    if any(figures["seconds_share"] is not None for figures in methods.values()):
+        _scatter(methods, docs / picture)
+        shown = f"\n![accuracy against share of seconds]({picture})\n"
     columns = ("method", "share of seconds", "samples", "all", "old", "new", "retention")
     return (
         f"\n## {setup['data']}: new classes {setup['new_classes']}\n{_UPDATE}\n{_said(setup)}\n\n"
-        f"{table([*columns, 'within old', 'points over full'], rows)}\n\n"
-        f"![accuracy against share of seconds]({picture})\n"
+        f"{table([*columns, 'within old', 'points over full'], rows)}\n{shown}"
     )
 
 
@@ -206,6 +207,8 @@ def _scatter(methods: dict[str, Any], path: Path) -> None:
     named: dict[tuple[float, float], list[str]] = {}
     for name, figures in methods.items():
         share, reached = figures["seconds_share"], figures["accuracy"]
+        if share is None:
+            continue
         colour = "#b04040" if name.startswith(("warm", "full")) else "#4878a8"
         axes.scatter(share, reached, color=colour)
         # Points that lie on one another share a label.
