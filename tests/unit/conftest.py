@@ -1,7 +1,11 @@
-"""Unit tests never start Ray: under this fixture `ray.init` raises."""
+"""What all unit tests share: they never start Ray, and some want CIFAR-100 on disk."""
 
-from typing import NoReturn
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import ray
 
@@ -12,3 +16,30 @@ def _ray_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("a unit test started Ray; it belongs into tests/cluster")
 
     monkeypatch.setattr(ray, "init", refuse)
+
+
+@pytest.fixture
+def cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """CIFAR-100 as it lies on disk, two images of every class in each part."""
+    import torchvision  # a second, for few tests
+
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    names = [f"c{i:02}" for i in range(100)]
+    labels = [int(i) for i in rng.permutation(np.repeat(np.arange(100), 2))]
+
+    def write(name: str, content: dict[str, Any]) -> str:
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+    for part in ("train", "test"):
+        pixels = rng.integers(0, 256, (200, 3 * 32 * 32), np.uint8)
+        checksum = write(part, {"data": pixels, "fine_labels": labels})
+        monkeypatch.setattr(
+            torchvision.datasets.CIFAR100, f"{part}_list", [[part, checksum]], raising=True
+        )
+    meta = torchvision.datasets.CIFAR100.meta | {"md5": write("meta", {"fine_label_names": names})}
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "meta", meta)
+    return tmp_path

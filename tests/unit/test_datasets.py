@@ -1,8 +1,6 @@
 """Labelled images from every kind of source, and what is said about bad ones."""
 
 import dataclasses
-import hashlib
-import pickle
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -375,31 +373,6 @@ def test_a_torchvision_set_in_two_splits_is_read(
 
     assert as_arrays(source.train).images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
     assert as_arrays(source.test).images[:, 0, 0, 0].tolist() == [10, 11, 12, 13]
-
-
-@pytest.fixture
-def cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CIFAR-100 as it lies on disk, two images of every class in each part."""
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    names = [f"c{i:02}" for i in range(100)]
-    labels = [int(i) for i in rng.permutation(np.repeat(np.arange(100), 2))]
-
-    def write(name: str, content: dict[str, Any]) -> str:
-        data = pickle.dumps(content)
-        (folder / name).write_bytes(data)
-        return hashlib.md5(data, usedforsecurity=False).hexdigest()
-
-    for part in ("train", "test"):
-        pixels = rng.integers(0, 256, (200, 3 * 32 * 32), np.uint8)
-        checksum = write(part, {"data": pixels, "fine_labels": labels})
-        monkeypatch.setattr(
-            torchvision.datasets.CIFAR100, f"{part}_list", [[part, checksum]], raising=True
-        )
-    meta = torchvision.datasets.CIFAR100.meta | {"md5": write("meta", {"fine_label_names": names})}
-    monkeypatch.setattr(torchvision.datasets.CIFAR100, "meta", meta)
-    return tmp_path
 
 
 def test_cifar100_is_read_from_its_folder(cifar100: Path) -> None:

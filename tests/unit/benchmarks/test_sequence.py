@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lifelong_ray.config import ModelConfig
+from lifelong_ray.datasets import class_order
 from tests.unit.benchmarks.scripts import load
 
 common, continual, sequence = map(load, ("common", "continual", "sequence"))
@@ -145,3 +146,24 @@ def test_without_a_gpu_the_command_says_why_it_measured_nothing(
 def test_options_that_name_nothing_are_refused(wrong: dict[str, str], message: str) -> None:
     with pytest.raises(Exception, match=message):
         continual.main(data="digits", **wrong)
+
+
+def test_cifar100_in_parts_keeps_its_experiences(
+    cifar100: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = common.data_config("cifar100-50+50", 1.0, str(cifar100))
+
+    scenario, num_classes = common.cut_scenario(config, "task", 5)
+
+    assert [len(e.classes) for e in scenario.experiences] == [50, 50]
+    assert (num_classes, scenario.task_of_class) == (100, (0,) * 50 + (1,) * 50)
+    assert set(scenario.experiences[1].train_labels) == set(range(50, 100))
+    assert "says itself which classes arrive when: 2 experiences" in capsys.readouterr().out
+
+
+def test_classes_come_in_the_order_of_a_seed(bars: Path) -> None:
+    config = common.data_config(str(bars), 1.0)
+
+    scenario, _ = common.cut_scenario(config, "class", 2, order_seed=3)
+
+    assert scenario.class_names == tuple(map(str, class_order(4, 3)))
