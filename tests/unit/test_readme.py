@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from lifelong_ray import cli
 from lifelong_ray.config import Config, StepConfig
 from lifelong_ray.on_ray.serving import http
+from tests.unit.benchmarks.scripts import load
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/guide.md")
@@ -116,9 +117,35 @@ def test_options_of_scripts_exist(name: str):
         assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", call)) <= known, call
 
 
+def benchmark(name: str) -> click.Command:
+    app = typer.Typer()
+    app.command()(load(name).main)
+    return typer.main.get_command(app)
+
+
+BENCHMARKS = ("continual", "update_cost", "fisher", "ewc_step", "gpu", "unlearning")
+
+
+def test_options_of_benchmarks_exist():
+    decisions = [f"docs/decisions/{path.name}" for path in DECISIONS]
+    calls = {
+        match
+        for page in (*PAGES, *decisions)
+        for code in code_of(page)
+        for match in re.findall(r"\bbenchmarks/(\w+)\.py\b([^'|;]*)", code)
+    }
+
+    assert {name for name, _ in calls} >= {"continual", "update_cost", "gpu"}
+    for name, rest in calls:
+        if name in BENCHMARKS:
+            used = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", rest))
+            assert used <= options_of(benchmark(name)), f"{name}{rest}"
+
+
 def test_options_named_by_themselves_exist():
     known = set().union(
         *(options_of(script(name)) for name in SCRIPTS),
+        *(options_of(benchmark(name)) for name in BENCHMARKS),
         *(options_of(command) for command in subcommands().values()),
     )
 
