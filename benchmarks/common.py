@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 
 from lifelong_ray.config import DataConfig
 from lifelong_ray.datasets import (
+    DataSource,
+    LabelledImages,
     SourceArrays,
     as_source_arrays,
     comes_in_parts,
     load_source,
 )
+from lifelong_ray.feedback import to_model_input
 from lifelong_ray.learning import Labelled, keep_freed_memory
 from lifelong_ray.scenarios import Kind, Scenario, grow, load_scenario, split
 
@@ -33,6 +36,7 @@ keep_freed_memory()
 DATA_HELP = (
     "An .npz, what else data.source takes, cifar100-50+50, or continuum:package.module:function."
 )
+SIZE_HELP = "Scale images to squares of so many pixels; 0 takes them as they are."
 DEFAULT_FOLDER = DataConfig().folder
 _LEAST_EXPERIENCES = 2
 
@@ -42,13 +46,41 @@ def data_config(data: str, fraction: float, folder: str = DEFAULT_FOLDER) -> Dat
     return DataConfig(source=data, fraction=fraction, folder=folder)
 
 
-def load_arrays(config: DataConfig) -> SourceArrays:
-    """Load whatever `data.source` accepts, whole or a share of it."""
-    return as_source_arrays(load_source(config, seed=0))
+def load_arrays(config: DataConfig, image_size: int = 0) -> SourceArrays:
+    """Load whatever `data.source` accepts, whole or a share of it.
+
+    Args:
+        config: What to load.
+        image_size: Pixels, to which images are scaled as in training and serving; 0 takes them
+            as they are, which must be squares of one size.
+    """
+    source = load_source(config, seed=0)
+    if image_size:
+        has_colour = any(image.shape[2] > 1 for image in source.train.images)
+        channels = 3 if has_colour else 1
+        source = DataSource(
+            _scaled(source.train, image_size, channels), _scaled(source.test, image_size, channels)
+        )
+    sizes = {i.shape for part in (source.train, source.test) for i in part.images}
+    if len(sizes) > 1 or any(height != width for height, width, _ in sizes):
+        raise typer.BadParameter(
+            f"{config.source} has images of the shapes {sorted(sizes)[:3]} (height, width, "
+            "channels); give the side of the square that all are to be scaled to as --image-size"
+        )
+    return as_source_arrays(source)
+
+
+def _scaled(images: LabelledImages, size: int, channels: int) -> LabelledImages:
+    pixels = [to_model_input(image, size, channels).transpose(1, 2, 0) for image in images.images]
+    return LabelledImages.from_array(np.stack(pixels), images.labels)
 
 
 def cut_scenario(
-    config: DataConfig, kind: Kind, num_experiences: int, order_seed: int = 0
+    config: DataConfig,
+    kind: Kind,
+    num_experiences: int,
+    order_seed: int = 0,
+    image_size: int = 0,
 ) -> tuple[Scenario, int]:
     """Load data as a sequence of experiences.
 
@@ -59,6 +91,7 @@ def cut_scenario(
         The scenario, and how many classes the data has.
     """
     if comes_in_parts(config):
+        _refuse_scaling(config, image_size)
         scenario = load_scenario(config, seed=0, kind=kind)
         found = len(scenario.experiences)
         if found < _LEAST_EXPERIENCES:
@@ -67,23 +100,33 @@ def cut_scenario(
             )
         print(f"{config.source} says itself which classes arrive when: {found} experiences")
         return scenario, len(scenario.class_names)
-    arrays = load_arrays(config)
+    arrays = load_arrays(config, image_size)
     scenario = split(arrays, kind, num_experiences, order=order_seed or None)
     return scenario, len(arrays.class_names)
 
 
-def growing_scenario(config: DataConfig, new_classes: str) -> Scenario:
+def _refuse_scaling(config: DataConfig, image_size: int) -> None:
+    if image_size:
+        raise typer.BadParameter(
+            f"{config.source} is taken as it is; leave out --image-size, and scale the images "
+            "before they enter a scenario"
+        )
+
+
+def growing_scenario(config: DataConfig, new_classes: str, image_size: int = 0) -> Scenario:
     """Load data as two experiences, the second of which brings only classes that are new.
 
     Args:
         config: What to load.
         new_classes: Names of the classes that arrive later, comma-separated; must be empty
             where the data says so itself.
+        image_size: As in `load_arrays`.
     """
     if not comes_in_parts(config):
         if not new_classes:
             raise typer.BadParameter("--new-classes is empty; name the labels that arrive later")
-        return grow(load_arrays(config), new_classes.split(","))
+        return grow(load_arrays(config, image_size), new_classes.split(","))
+    _refuse_scaling(config, image_size)
     if new_classes:
         raise typer.BadParameter(
             f"{config.source} says itself which classes arrive later; leave out --new-classes"
@@ -107,6 +150,8 @@ def as_tensors(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Labelled
 
 def chosen_device(wanted: str) -> str:
     """Resolve --device: auto is cuda where there is one, else cpu."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"{wanted} is not a device; choose cpu, cuda or auto")
     if wanted != "auto":
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"

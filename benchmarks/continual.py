@@ -27,6 +27,7 @@ from avalanche_run import AVALANCHE_PYTHON, PEER_METHODS, hand_over, peer_comman
 from common import (
     DATA_HELP,
     DEFAULT_FOLDER,
+    SIZE_HELP,
     chosen_device,
     chosen_precision,
     cut_scenario,
@@ -154,6 +155,7 @@ def main(
         int, typer.Option(help="Order of the classes: 0 is the data's, 1993 the literature's.")
     ] = 0,
     folder: Annotated[str, typer.Option(help="As data.folder.")] = DEFAULT_FOLDER,
+    image_size: Annotated[int, typer.Option(help=SIZE_HELP)] = 0,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
     model: Annotated[str, typer.Option(help="As model.name.")] = "mlp",
     widths: Annotated[str, typer.Option(help="As model.widths; empty for the default.")] = "",
@@ -200,7 +202,7 @@ def main(
         skip(out, set_up(**told), reason)
         return
     loaded = data_config(data, fraction, folder)
-    parts, num_classes = cut_scenario(loaded, scenario, experiences, order_seed)
+    parts, num_classes = cut_scenario(loaded, scenario, experiences, order_seed, image_size)
     protocol = Protocol(
         scenario=scenario,
         iterations=iterations,

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from common import chosen_precision, set_up, table, write
+from common import chosen_device, chosen_precision, set_up, table, write
 from fisher import CLOCKS, MODELS, under
 from peak import Precision, device_name, throughput, training_flops_per_example, why_not_on
 from torch import nn
@@ -41,7 +41,9 @@ def main(
     models: Annotated[str, typer.Option(help=f"Of {', '.join(MODELS)}.")] = "mlp,convnet,resnet18",
     steps: Annotated[int, typer.Option(help="Pairs of steps per model and way.")] = 400,
     batch: Annotated[int, typer.Option(help="Examples per step.")] = 128,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")
+    ] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32 or bf16, of the step's products.")] = "fp32",
     peak_tflops: Annotated[
         float, typer.Option(help="The device's peak, 1e12 per second; 0: by its name.")
@@ -58,6 +60,7 @@ def main(
     results: dict[str, Any] = {}
     if unknown := set(models.split(",")) - MODELS.keys():
         raise typer.BadParameter(f"{min(unknown)} is not a model; choose from {', '.join(MODELS)}")
+    device = chosen_device(device)
     reason = why_not_on(device)
     for name in models.split(","):
         if reason:

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import chosen_precision, set_up, table, write
+from common import chosen_device, chosen_precision, set_up, table, write
 from peak import (
     Precision,
     device_name,
@@ -72,7 +72,9 @@ def main(
     general_examples: Annotated[
         int, typer.Option(help="Images for vmap and the loop; 0 leaves them out.")
     ] = 128,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")
+    ] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32 or bf16, of the plain pass.")] = "fp32",
     peak_tflops: Annotated[
         float, typer.Option(help="The device's peak, 1e12 per second; 0: by its name.")
@@ -90,6 +92,7 @@ def main(
     results: dict[str, Any] = {}
     if unknown := set(models.split(",")) - MODELS.keys():
         raise typer.BadParameter(f"{min(unknown)} is not a model; choose from {', '.join(MODELS)}")
+    device = chosen_device(device)
     reason = why_not_on(device)
     for name in models.split(","):
         if reason:

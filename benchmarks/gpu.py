@@ -22,7 +22,7 @@ import ewc_step
 import fisher
 import torch
 import typer
-from common import chosen_precision, set_up, table, write
+from common import chosen_device, chosen_precision, set_up, table, write
 from peak import (
     Precision,
     device_name,
@@ -63,6 +63,7 @@ def main(
         raise typer.BadParameter(
             f"{min(unknown)} is not a model; choose from {', '.join(fisher.MODELS)}"
         )
+    device = chosen_device(device)
     kind = chosen_precision(precision, device)
     now_s = waiting_clock(device)
     alike = {"device": device, "precision": kind, "peak_tflops": peak_tflops, "now_s": now_s}

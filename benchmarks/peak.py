@@ -45,8 +45,6 @@ _COUNTED_EXAMPLES = 2
 
 def why_not_on(device: str) -> str | None:
     """Say why nothing can be measured on `device`; None where it can."""
-    if device not in ("cpu", "cuda"):
-        return f"no device {device}: cpu and cuda are known"
     if device == "cpu" or torch.cuda.is_available():
         return None
     if torch.version.cuda is None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import DEFAULT_FOLDER, as_tensors, data_config, load_arrays, set_up, write
+from common import DEFAULT_FOLDER, SIZE_HELP, as_tensors, data_config, load_arrays, set_up, write
 from torch import Tensor
 
 from lifelong_ray.learning.analytic import AnalyticSums
@@ -47,10 +47,11 @@ def main(
     seeds: Annotated[int, typer.Option(help="How many, from 0.")] = 3,
     fraction: Annotated[float, typer.Option(help="Share of the examples: a dry run.")] = 1.0,
     folder: Annotated[str, typer.Option(help="As data.folder.")] = DEFAULT_FOLDER,
+    image_size: Annotated[int, typer.Option(help=SIZE_HELP)] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
 ) -> None:
     """Measure exactness and cost of erasure, once per seed."""
-    arrays = load_arrays(data_config(data, fraction, folder))
+    arrays = load_arrays(data_config(data, fraction, folder), image_size)
     train = as_tensors(arrays.train_images, arrays.train_labels)
     test = as_tensors(arrays.test_images, arrays.test_labels)
     if not 0 < erase < len(train[0]):

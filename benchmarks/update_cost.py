@@ -37,6 +37,7 @@ import typer
 from common import (
     DATA_HELP,
     DEFAULT_FOLDER,
+    SIZE_HELP,
     as_tensors,
     chosen_device,
     chosen_precision,
@@ -112,6 +113,7 @@ def main(
         str, typer.Option(help="Labels that arrive later; empty where the data says it itself.")
     ] = "",
     folder: Annotated[str, typer.Option(help="As data.folder.")] = DEFAULT_FOLDER,
+    image_size: Annotated[int, typer.Option(help=SIZE_HELP)] = 0,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
     epochs: Annotated[int, typer.Option(help="Of base and full training.")] = 5,
     model: Annotated[str, typer.Option(help="As model.name.")] = "convnet",
@@ -191,7 +193,7 @@ def main(
     if reason := why_not_on(device):
         skip(out, set_up(**told), reason)
         return
-    scenario = growing_scenario(data_config(data, fraction, folder), new_classes)
+    scenario = growing_scenario(data_config(data, fraction, folder), new_classes, image_size)
     told["new_classes"] = new_classes or f"{len(scenario.experiences[1].classes)} of the data's own"
     _, height, _, channels = scenario.experiences[0].train_images.shape
     config = ModelConfig(

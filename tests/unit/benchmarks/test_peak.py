@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,11 +127,18 @@ def test_without_a_gpu_every_case_says_why_it_was_skipped(
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("command", [fisher, ewc_step])
-def test_cost_commands_skip_a_device_that_is_not_there(command: object, tmp_path: Path) -> None:
+def test_cost_commands_skip_a_device_that_is_not_there(command: Any, tmp_path: Path) -> None:
     command.main(models="mlp", device="cuda", out=tmp_path / "cost.json")
 
     (found,) = json.loads((tmp_path / "cost.json").read_text())["models"].values()
     assert found["skipped"].startswith("no CUDA device: ")
+
+
+@pytest.mark.parametrize("command", [fisher, ewc_step, gpu])
+@pytest.mark.parametrize("wrong", [{"device": "gpu"}, {"precision": "fp16"}, {"models": "vgg"}])
+def test_a_word_that_is_not_known_is_no_reason_to_skip(command: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match=f"{next(iter(wrong.values()))} is not a "):
+        command.main(**{"models": "mlp", "device": "cpu"} | wrong)
 
 
 @pytest.mark.usefixtures("no_gpu")

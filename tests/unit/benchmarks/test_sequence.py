@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lifelong_ray.config import ModelConfig
 from lifelong_ray.datasets import class_order
@@ -167,3 +168,34 @@ def test_classes_come_in_the_order_of_a_seed(bars: Path) -> None:
     scenario, _ = common.cut_scenario(config, "class", 2, order_seed=3)
 
     assert scenario.class_names == tuple(map(str, class_order(4, 3)))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of images of many sizes, some of them grey."""
+    rng = np.random.default_rng(0)
+    for name, mode in (("cat", "RGB"), ("dog", "L")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(5):
+            shape = (6 + i, 9, 3) if mode == "RGB" else (6 + i, 9)
+            image = Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8))
+            image.save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_images_of_many_sizes_are_scaled_to_one(photos: Path) -> None:
+    config = common.data_config(str(photos), 1.0)
+
+    scenario, _ = common.cut_scenario(config, "class", 2, image_size=8)
+
+    assert {e.train_images.shape for e in scenario.experiences} == {(4, 8, 8, 3)}
+
+
+def test_images_of_many_sizes_are_refused_without_a_size(photos: Path) -> None:
+    with pytest.raises(Exception, match=r"images of the shapes .* as --image-size"):
+        common.load_arrays(common.data_config(str(photos), 1.0))
+
+
+def test_experiences_that_come_by_themselves_are_not_scaled() -> None:
+    with pytest.raises(Exception, match="leave out --image-size"):
+        common.growing_scenario(common.data_config("cifar100-50+50", 1.0), "", image_size=8)
