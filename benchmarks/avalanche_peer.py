@@ -328,14 +328,16 @@ def run_method(
     rows: list[list[float]] = []
     seconds: list[float] = []
     cpu_seconds: list[float] = []
-    for experience in stream:
+    for part, experience in zip(train_parts, stream, strict=True):
+        # A part of less than a batch would be dropped whole.
+        drops = len(part.labels) >= settings.batch_size
         began, cpu_began = time.perf_counter(), time.process_time()
-        strategy.train(experience, eval_streams=[], num_workers=0, drop_last=True)
+        strategy.train(experience, eval_streams=[], num_workers=0, drop_last=drops)
         if settings.device == "cuda":
             torch.cuda.synchronize()
         cpu_seconds.append(time.process_time() - cpu_began)
         seconds.append(time.perf_counter() - began)
-        rows.append([accuracy(strategy.model, part) for part in test_parts])
+        rows.append([accuracy(strategy.model, tested) for tested in test_parts])
     expected = settings.num_iterations * len(train_parts)
     if stop.total != expected:
         raise RuntimeError(f"{method} ran {stop.total} iterations, not {expected}")

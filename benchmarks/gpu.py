@@ -66,7 +66,12 @@ def main(
     device = chosen_device(device)
     kind = chosen_precision(precision, device)
     now_s = waiting_clock(device)
-    alike = {"device": device, "precision": kind, "peak_tflops": peak_tflops, "now_s": now_s}
+    alike: dict[str, Any] = {
+        "device": device,
+        "precision": kind,
+        "peak_tflops": peak_tflops,
+        "now_s": now_s,
+    }
     results: dict[str, dict[str, Any]] = {}
     for name in models.split(","):
         work: dict[str, Callable[[], dict[str, Any]]] = {

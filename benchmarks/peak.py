@@ -96,7 +96,7 @@ def training_flops_per_example(config: ModelConfig, num_classes: int) -> int:
     with FlopCounterMode(display=False) as counter:
         logits_NC = model.trained_logits(torch.zeros(shape, dtype=torch.uint8))
         F.cross_entropy(logits_NC, labels).backward()
-    return counter.get_total_flops() // _COUNTED_EXAMPLES
+    return int(counter.get_total_flops()) // _COUNTED_EXAMPLES
 
 
 def throughput(
