@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lifelong_ray.learning.checks import check_labels
 from lifelong_ray.learning.collective import Alone, Collective
-from lifelong_ray.learning.model import Classifier
+from lifelong_ray.learning.model import Classifier, check_inputs
 from lifelong_ray.learning.squares import Cotangents, sums_of_squares
 from lifelong_ray.types import LearningError
 
@@ -208,13 +209,17 @@ def estimate_fisher(
         max_bytes: As in `sums_of_squares`.
 
     Raises:
-        LearningError: If there is no example, or a gradient is not finite.
+        LearningError: If there is no example, an input or label is none that the model knows,
+            or an input or a gradient is not finite.
 
     Source: van de Ven 2025, arXiv:2502.11756 (estimators).
     """
     group = collective or Alone()
     if not len(inputs):
         raise LearningError("the Fisher needs at least one example, and got none")
+    check_inputs(model, inputs, start, "Fisher's inputs")
+    if estimator == "empirical":
+        check_labels(labels, len(inputs), model.num_classes, "Fisher label")
     if estimator == "exact" and model.num_classes >= _MANY_CLASSES and group.rank == 0:
         logger.warning(
             "the exact Fisher takes %d backward passes over its %d examples, one per class; "

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lifelong_ray.learning.checks import check_labels
 from lifelong_ray.types import LearningError
 
 Selection = Literal["class_balanced", "reservoir", "herding"]
@@ -278,11 +279,13 @@ class ReplayMemory:
         )
 
     def _check(self, new_inputs: Tensor, new_labels: Tensor) -> None:
-        if len(new_inputs) != len(new_labels):
-            raise LearningError(
-                f"the memory is offered {len(new_inputs)} inputs but {len(new_labels)} labels; "
-                "give every input one label"
-            )
+        check_labels(
+            new_labels,
+            len(new_inputs),
+            self.num_classes,
+            "memory label",
+            "raise num_classes to take in new ones",
+        )
         mine, theirs = tuple(self.inputs.shape[1:]), tuple(new_inputs.shape[1:])
         if (mine, self.inputs.dtype) != (theirs, new_inputs.dtype):
             what = "image size" if self.content == "images" else "features"
@@ -291,13 +294,6 @@ class ReplayMemory:
                 f"the new examples are {new_inputs.dtype} of shape {theirs}; bring them to the "
                 "memory's shape, or begin a family anew with a base training"
             )
-        if len(new_labels):
-            low, high = int(new_labels.min()), int(new_labels.max())
-            if low < 0 or high >= self.num_classes:
-                raise LearningError(
-                    f"the memory is offered label {low if low < 0 else high} but has "
-                    f"{self.num_classes} classes; raise num_classes to take in new ones"
-                )
 
 
 def herding_order(features_ND: Tensor, num_chosen: int, weights_N: Tensor | None = None) -> Tensor:

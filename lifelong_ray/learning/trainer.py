@@ -26,8 +26,9 @@ from torch.nn import functional as F
 from lifelong_ray.config import TrainerConfig
 from lifelong_ray.learning.backbones import settle_statistics
 from lifelong_ray.learning.chance import generator_for
+from lifelong_ray.learning.checks import check_labels
 from lifelong_ray.learning.collective import Alone, Collective
-from lifelong_ray.learning.model import Classifier
+from lifelong_ray.learning.model import Classifier, check_inputs
 from lifelong_ray.learning.rates import find_rate, rate_and_momentum
 from lifelong_ray.types import LearningError
 
@@ -182,16 +183,19 @@ def train(
         on_epoch: See `OnEpoch`.
 
     Raises:
-        LearningError: If a loss is not finite, there is nothing to train on, or `resume` is
-            not a checkpoint of this training.
+        LearningError: If a loss or input is not finite, there is nothing to train on, an input
+            or label is none that the model knows, or `resume` is not a checkpoint of this
+            training.
     """
     if not len(inputs):
-        raise LearningError("there are no examples to train on")
+        raise LearningError("there are no examples to train on; at least one is needed")
     if start and (config.max_shift_px or config.mirror):
         raise ValueError(
             f"activations of stage {start} cannot be moved as images are; pass the images, "
             "or set max_shift_px to 0 and mirror to false"
         )
+    check_inputs(model, inputs, start, "training inputs")
+    check_labels(labels, len(inputs), model.num_classes, "training label")
     data = _Data(inputs, labels, start, rivals, class_offsets)
     group = collective or Alone()
     rate = config.learning_rate
