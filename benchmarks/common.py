@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
 
 from lifelong_ray.config import DataConfig
@@ -25,8 +26,15 @@ keep_freed_memory()
 
 
 def load_arrays(data: str, fraction: float) -> SourceArrays:
-    """Load whatever `data.source` accepts, whole or a share of it."""
-    return as_source_arrays(load_source(DataConfig(source=data, fraction=fraction), seed=0))
+    """Load whatever `data.source` accepts, whole or a share of it; images must be square."""
+    arrays = as_source_arrays(load_source(DataConfig(source=data, fraction=fraction), seed=0))
+    height, width = arrays.train_images.shape[1:3]
+    if height != width:
+        raise typer.BadParameter(
+            f"the images of {Path(data).name} are {height} pixels high and {width} wide, and the "
+            "models take square ones; scale or pad them to a square and save them anew"
+        )
+    return arrays
 
 
 def as_tensors(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Labelled:
