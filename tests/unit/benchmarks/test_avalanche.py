@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    """Scripts are no package, and run in other environments too."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
+from tests.unit.benchmarks.scripts import load
 
 peer, oracle = load("avalanche_peer"), load("avalanche_oracle")
 
