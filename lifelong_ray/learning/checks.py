@@ -17,6 +17,27 @@ from lifelong_ray.config import ModelConfig
 from lifelong_ray.types import LearningError
 
 
+def check_rows(values: object, what: str) -> None:
+    """Refuse anything but a tensor of one row or more dimensions for each example.
+
+    Args:
+        values: What a caller gave.
+        what: What errors call it, in the plural.
+
+    Raises:
+        LearningError: If so.
+    """
+    if not isinstance(values, Tensor):
+        raise LearningError(
+            f"the {what} are of type {type(values).__name__}; the engine takes torch tensors: make "
+            "one with torch.as_tensor"
+        )
+    if not values.dim():
+        raise LearningError(
+            f"the {what} are the single number {values.item()}; give one row for each example"
+        )
+
+
 def check_images(images: Tensor, config: ModelConfig, what: str) -> None:
     """Refuse anything but uint8 images of the model's size; looks at no pixel of those.
 
@@ -28,6 +49,7 @@ def check_images(images: Tensor, config: ModelConfig, what: str) -> None:
     Raises:
         LearningError: If so.
     """
+    check_rows(images, what)
     shape = (config.channels, config.image_size, config.image_size)
     if images.dtype == torch.uint8 and images.shape[1:] == shape:
         return
@@ -91,6 +113,7 @@ def check_whole_numbers(values_N: Tensor, what: str) -> None:
     Raises:
         LearningError: If so.
     """
+    check_rows(values_N, f"{what}s")
     if values_N.dtype == torch.int64 and values_N.dim() == 1:
         return
     how = "convert them with .long()"

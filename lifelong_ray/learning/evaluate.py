@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lifelong_ray.learning.checks import check_finite, check_labels, check_whole_numbers
+from lifelong_ray.learning.checks import check_finite, check_labels, check_rows, check_whole_numbers
 from lifelong_ray.types import LearningError
 
 _ECE_BINS = 15
@@ -262,10 +262,11 @@ def fit_temperature(logits_NC: Tensor, labels_N: Tensor, weights_N: Tensor | Non
 
 
 def _check_logits(logits_NC: Tensor, labels_N: Tensor) -> None:
+    check_whole_numbers(labels_N, "label")
     if not len(labels_N):
         raise LearningError("there are no examples to judge a model on; at least one is needed")
-    check_whole_numbers(labels_N, "label")
-    if logits_NC.dim() != 2 or not logits_NC.is_floating_point():
+    check_rows(logits_NC, "logits")
+    if logits_NC.dim() != 2 or not logits_NC.shape[1] or not logits_NC.is_floating_point():
         raise LearningError(
             f"the logits are {logits_NC.dtype} of shape {tuple(logits_NC.shape)}; they must be "
             "floating-point of shape (N, C): one row per example, one column per class"
@@ -310,6 +311,11 @@ def _check_weights(weights_N: Tensor, num_examples: int) -> None:
             "say of each how many it stands for"
         )
     check_finite(weights_N, "examples' weights", "say of each example how many it stands for")
+    if float(weights_N.min()) < 0 or not float(weights_N.sum()):
+        raise LearningError(
+            f"the examples' weights run from {float(weights_N.min()):g} and add up to "
+            f"{float(weights_N.sum()):g}; give each 0 or more, and one of them more than 0"
+        )
 
 
 def _check_allowed(allowed_NC: Tensor, logits_NC: Tensor, labels_N: Tensor) -> None:

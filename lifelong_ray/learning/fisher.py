@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -215,11 +215,15 @@ def estimate_fisher(
     Source: van de Ven 2025, arXiv:2502.11756 (estimators).
     """
     group = collective or Alone()
-    if not len(inputs):
-        raise LearningError("the Fisher needs at least one example, and got none")
+    if estimator not in get_args(Estimator):
+        raise ValueError(f"the estimator is {estimator!r}, not one of {get_args(Estimator)}")
     check_inputs(model, inputs, start, "Fisher's inputs")
+    if not len(inputs):
+        raise LearningError("the Fisher needs at least one example, and got none; give it some")
     if estimator == "empirical":
         check_labels(labels, len(inputs), model.num_classes, "Fisher label")
+    if allowed_C is not None:
+        _check_allowed(allowed_C, model.num_classes)
     if estimator == "exact" and model.num_classes >= _MANY_CLASSES and group.rank == 0:
         logger.warning(
             "the exact Fisher takes %d backward passes over its %d examples, one per class; "
@@ -229,7 +233,8 @@ def estimate_fisher(
         )
     draws_N = torch.rand(len(inputs), generator=generator, dtype=torch.float64)
     mine = slice(group.rank, None, group.world_size)
-    cotangents = _cotangents(estimator, labels[mine], draws_N[mine], allowed_C)
+    true_N = labels[mine] if estimator == "empirical" else labels
+    cotangents = _cotangents(estimator, true_N, draws_N[mine], allowed_C)
     if any(weight.dtype != torch.float32 for weight in model.parameters()):
         model = model.copy().float()
     was_training = {module: module.training for module in model.modules()}
@@ -250,6 +255,16 @@ def estimate_fisher(
                 "overflowed; lower the learning rate and train again"
             )
     return Fisher(values, estimator, num_examples)
+
+
+def _check_allowed(allowed_C: Tensor, num_classes: int) -> None:
+    if tuple(allowed_C.shape) != (num_classes,) or allowed_C.dtype != torch.bool:
+        raise ValueError(
+            f"the allowed classes are {allowed_C.dtype} of shape {tuple(allowed_C.shape)}; say of "
+            f"each of the {num_classes} classes whether it competes, as torch.bool"
+        )
+    if not bool(allowed_C.any()):
+        raise ValueError("no class is allowed to compete; allow those that the task has")
 
 
 def _cotangents(

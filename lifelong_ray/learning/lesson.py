@@ -5,6 +5,7 @@ Values and checks only. Axes: N examples, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -150,31 +151,55 @@ def check_known(learner: Learner, examples: Labelled) -> None:
     Raises:
         LearningError: If so.
     """
-    _check(examples, learner.class_names, learner.model_config, "learned")
+    remedy = "only examples of the learner's own classes can be meant"
+    _check(examples, learner.class_names, learner.model_config, "learned", remedy)
 
 
-def _check(examples: Labelled, names: tuple[str, ...], config: ModelConfig, what: str) -> None:
+def _check(
+    examples: Labelled,
+    names: tuple[str, ...],
+    config: ModelConfig,
+    what: str,
+    remedy: str = "give its class a name first",
+) -> None:
     """Refuse examples that cannot be what the caller means."""
     images, labels = examples
     if len(set(names)) != len(names):
         raise LearningError(f"the class names {list(names)} are not distinct; name each class once")
-    if len(images) != len(labels):
-        raise LearningError(
-            f"there are {len(images)} {what} images but {len(labels)} labels; give each image one"
-        )
+    check_images(images, config, f"{what} images")
+    check_labels(labels, len(images), names, f"{what} label", remedy)
     if not len(images):
         raise LearningError(f"there are no {what} examples; at least one is needed")
-    check_images(images, config, f"{what} images")
-    check_labels(labels, len(images), names, f"{what} label", "give its class a name first")
 
 
 def _check_parent(parent: Learner) -> None:
-    """Refuse a learner whose Fisher or anchor is of another model, or has no numbers.
+    """Refuse a learner whose parts are not of one model, or hold NaN in place of numbers.
 
     A penalty of NaN would otherwise be noticed only in the middle of the training, or, on the
     fast path, by the version after next.
     """
     model = parent.model
+    parts = {
+        "class names": len(parent.class_names),
+        "analytic sums": parent.sums.num_classes,
+        "memory": parent.memory.num_classes,
+    }
+    for what, num_classes in parts.items():
+        if num_classes != model.num_classes:
+            raise LearningError(
+                f"the parent's {what} are of {num_classes} classes and its model of "
+                f"{model.num_classes}; use what was saved with this model"
+            )
+    if parent.sums.num_features != model.num_random_features:
+        raise LearningError(
+            f"the parent's analytic sums are over {parent.sums.num_features} random features and "
+            f"its model has {model.num_random_features}; use what was saved with this model"
+        )
+    if not 0 < parent.temperature < math.inf:
+        raise LearningError(
+            f"the parent's temperature is {parent.temperature}; it divides logits, so it must be "
+            f"above 0 and finite: {_DAMAGED}"
+        )
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     for what, values in (
         ("weights", weights),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lifelong_ray.config import ModelConfig
 from lifelong_ray.learning.backbones import build_backbone, has_batch_statistics, standardise
-from lifelong_ray.learning.checks import check_finite, check_images
+from lifelong_ray.learning.checks import check_finite, check_images, check_rows
 from lifelong_ray.learning.heads import GrowingCosine, GrowingLinear, make_head
 from lifelong_ray.learning.modes import class_scores
 from lifelong_ray.learning.widening import RandomFeatures
@@ -454,10 +454,18 @@ def build_model(
 
     Leaves the global random state as it was.
 
+    Raises:
+        ValueError: If there is no class, or a negative number of random features.
+
     >>> from lifelong_ray.config import ModelConfig
     >>> build_model(ModelConfig(), 8, seed=0).num_classes
     8
     """
+    if num_classes < 1 or num_random_features < 0:
+        raise ValueError(
+            f"{num_classes} classes and {num_random_features} random features make no classifier; "
+            "at least one class is needed, and 0 random features mean no analytic head"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Classifier(config, Shape((num_classes,), num_random_features, source))
@@ -476,6 +484,7 @@ def check_inputs(model: Classifier, inputs: Tensor, start: int, what: str) -> No
         LearningError: If so.
         ValueError: If there is no such stage.
     """
+    check_rows(inputs, what)
     shape = model.entering_shape(start)
     # What follows the last stage is pooled, which features that are so already stay.
     pooled = (model.num_trunk_features,) if start == len(model.stages) else shape

@@ -10,23 +10,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from lifelong_ray.config import LearningConfig, ReplayConfig
+from lifelong_ray.config import DistillationConfig, LearningConfig, ReplayConfig
 from lifelong_ray.learning import (
+    AnalyticSums,
+    Classifier,
     Fit,
     Labelled,
     Learner,
+    Predictor,
+    ReplayMemory,
     Run,
     accuracy,
     allowed_classes,
     build_model,
+    distillation_loss,
+    endless_batches,
     estimate_fisher,
     evaluate,
+    ewc_penalty,
     fit_base,
     fit_fast,
     fit_slow,
     fit_temperature,
     fit_update,
     forget,
+    mix_batches,
     train,
 )
 from lifelong_ray.types import LearningError
@@ -104,6 +112,18 @@ def test_accuracy_refuses_labels_that_would_be_compared_with_every_row() -> None
         accuracy(LOGITS, torch.tensor([[0], [1], [0]]))
 
 
+@pytest.mark.parametrize("judge", [evaluate, fit_temperature, accuracy])
+def test_logits_and_labels_are_tensors_with_rows(judge: Callable[..., Any]) -> None:
+    labels = torch.tensor([0, 1, 0])
+
+    with pytest.raises(LearningError, match="logits are of type ndarray; the engine takes torch"):
+        judge(LOGITS.numpy(), labels)
+    with pytest.raises(LearningError, match="labels are the single number 1"):
+        judge(LOGITS, torch.tensor(1))
+    with pytest.raises(LearningError, match=r"logits are torch.float32 of shape \(3, 0\)"):
+        judge(LOGITS[:, :0], labels)
+
+
 def test_tasks_are_whole_numbers() -> None:
     with pytest.raises(LearningError, match=r"tasks are torch.float32"):
         allowed_classes(torch.tensor([0.0, 1.0]), [[0], [1]], 2)
@@ -148,6 +168,9 @@ def test_weights_of_a_temperature_fit_the_examples() -> None:
         fit_temperature(LOGITS, labels, torch.ones(2))
     with pytest.raises(LearningError, match="1 of 3 numbers of the examples' weights"):
         fit_temperature(LOGITS, labels, torch.tensor([1.0, NAN, 1.0]))
+    for weights in ([1.0, -1.0, 1.0], [0.0, 0.0, 0.0]):
+        with pytest.raises(LearningError, match=r"weights run from .* and add up to"):
+            fit_temperature(LOGITS, labels, torch.tensor(weights))
 
 
 def test_scores_of_one_class_are_no_logits() -> None:
@@ -196,8 +219,10 @@ WAYS: dict[str, Way] = {
         (IMAGES[:, :, :6], r"of shape \(16, 1, 6, 8\); .* \(N, 1, 8, 8\): scale them to that size"),
         (IMAGES.expand(-1, 3, -1, -1), r"of shape \(16, 3, 8, 8\)"),
         (IMAGES[:, 0], r"of shape \(16, 8, 8\)"),
+        (torch.tensor(3, dtype=torch.uint8), "are the single number 3; give one row for each"),
+        (IMAGES.numpy(), "are of type ndarray; the engine takes torch tensors"),
     ],
-    ids=["nan", "float", "int64", "not square", "colour", "no channel"],
+    ids=["nan", "float", "int64", "not square", "colour", "no channel", "number", "numpy"],
 )
 def test_images_that_the_model_does_not_take_are_named_on_every_way(
     base: Fit, way: Way, images: Tensor, message: str
@@ -378,6 +403,24 @@ def test_a_memory_whose_stage_is_not_what_it_holds_is_named(
     assert "the memory holds features that passed 0 stages" in refused
 
 
+@BOTH
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_names": tuple("abcde")}, "class names are of 5 classes and its model of 4"),
+        ({"sums": AnalyticSums.empty(64, 7)}, "analytic sums are of 7 classes and its model of 4"),
+        ({"sums": AnalyticSums.empty(5, 4)}, "are over 5 random features and its model has 64"),
+        ({"memory": ReplayMemory.empty((1, 8, 8), 9)}, "memory are of 9 classes"),
+        ({"temperature": 0.0}, "temperature is 0.0; it divides logits"),
+        ({"temperature": NAN}, "temperature is nan; it divides logits"),
+    ],
+)
+def test_a_parent_whose_parts_are_not_of_one_model_is_named(
+    path: Callable[..., Any], base: Fit, change: dict[str, Any], message: str
+) -> None:
+    assert message in refusal(path, replace(base.learner, **change))
+
+
 FEATURES = with_update(replay=ReplayConfig(memory_per_class=6, content="features"))
 
 
@@ -385,3 +428,153 @@ FEATURES = with_update(replay=ReplayConfig(memory_per_class=6, content="features
 def of_features() -> Learner:
     examples = make_images([0, 1, 2, 3] * 6, seed=1)
     return fit_base(examples, "abcd", MODEL, FEATURES, Run(TickingClock())).learner
+
+
+# ---------------------------------------------------------------- one class, no examples, no sense
+
+
+def test_an_update_may_show_one_class_only_and_a_base_training_may_not(base: Fit) -> None:
+    one = IMAGES, LABELS * 0
+
+    for path in (fit_fast, fit_slow):
+        learner = path(base.learner, one, "abcd", CONFIG, Run(TickingClock())).learner
+        assert bool(learner.logits(IMAGES).isfinite().all())
+    with pytest.raises(LearningError, match="no training example of class b; add some or leave"):
+        base_of(base.learner, one)
+
+
+def test_examples_that_were_never_learned_cannot_be_forgotten(base: Fit) -> None:
+    strange = make_images([0, 1, 2, 3] * 12, seed=99)
+
+    with pytest.raises(LearningError, match="not what update 0 brought; give the very images"):
+        forget(base.learner, strange, 0, CONFIG.analytic)
+
+
+def test_what_a_training_cannot_go_on_with_is_named() -> None:
+    def trained(model: Classifier, **how: Any) -> None:
+        train(model, IMAGES, LABELS, config=CONFIG.base, seed=0, clock=TickingClock(), **how)
+
+    model = build_model(MODEL, 4, seed=0)
+    with pytest.raises(ValueError, match=r"class offsets have shape \(3,\) for 4 classes"):
+        trained(model, class_offsets=torch.zeros(3))
+    with pytest.raises(ValueError, match="plan of batches has none"):
+        trained(model, batches=lambda generator: [])
+    with pytest.raises(ValueError, match="no weight of the model requires a gradient"):
+        trained(model.requires_grad_(False))
+
+
+def test_a_loss_that_is_infinite_names_every_weight_that_may_be_too_large(base: Fit) -> None:
+    config = with_update(distillation=DistillationConfig(weight=1e38))
+    examples = make_images([0, 1, 2, 3, 4, 5] * 3, seed=5)
+
+    with pytest.raises(LearningError, match=r"diverged; lower .* \(among them distillation 1e\+38"):
+        fit_slow(base.learner, examples, NAMES, config, Run(TickingClock()))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"estimator": "true"}, "estimator is 'true', not one of"),
+        ({"allowed_C": torch.ones(4)}, r"allowed classes are torch.float32 of shape \(4,\)"),
+        ({"allowed_C": torch.tensor([True])}, "each of the 4 classes whether it competes"),
+        ({"allowed_C": torch.zeros(4, dtype=torch.bool)}, "no class is allowed to compete"),
+    ],
+)
+def test_a_fisher_of_what_is_not_there_is_a_mistake(how: dict[str, Any], message: str) -> None:
+    model = build_model(MODEL, 4, seed=0)
+
+    with pytest.raises(ValueError, match=message):
+        estimate_fisher(model, IMAGES, LABELS, generator=torch.Generator(), **how)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (-1, 1), (2, -1)])
+def test_a_model_needs_a_class(sizes: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="make no classifier; at least one class"):
+        build_model(MODEL, sizes[0], seed=0, num_random_features=sizes[1])
+
+
+@pytest.mark.parametrize(
+    ("teacher", "temperature"),
+    [(torch.zeros(2, 2), 1.0), (torch.zeros(3), 1.0), (torch.zeros(3, 2), 0.0)],
+    ids=["rows", "dimensions", "temperature"],
+)
+def test_a_teacher_answers_to_the_same_examples(teacher: Tensor, temperature: float) -> None:
+    with pytest.raises(ValueError, match="give both a row for each example"):
+        distillation_loss(LOGITS, teacher, temperature)
+
+
+def test_ewc_needs_the_fisher_of_what_it_holds() -> None:
+    weights = {"head.weight": torch.ones(2, 3)}
+
+    with pytest.raises(ValueError, match=r"anchor has head.weight, and the Fisher has not"):
+        ewc_penalty(weights, weights, {})
+    with pytest.raises(ValueError, match="the anchor names none"):
+        ewc_penalty(weights, {}, {})
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [(0, 0, 0.5, 4), (0, 3, 0.5, 4), (3, -1, 0.5, 4), (3, 3, 0.5, 0)],
+    ids=["nothing", "nothing new", "fewer than none", "no place"],
+)
+def test_batches_need_a_new_example_and_a_place(plan: tuple[int, int, float, int]) -> None:
+    with pytest.raises(LearningError, match="train nothing; there must be a new example"):
+        mix_batches(*plan)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, NAN])
+def test_a_share_of_replay_is_a_share(share: float) -> None:
+    with pytest.raises(LearningError, match=r"set learning.update.replay.share to 0 or more"):
+        mix_batches(3, 3, share, 2)
+
+
+def test_endless_batches_have_no_numbers_below_0() -> None:
+    for sizes in ((3, -1, 2, 1, 4), (3, 1, 2, -1, 4), (3, 1, 2, 1, -4)):
+        with pytest.raises(LearningError, match="no number may be below 0"):
+            endless_batches(*sizes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"modes_N": LABELS[:3]},
+        {"modes_N": LABELS.float()},
+        {"modes_N": LABELS[:, None]},
+        {"features_NM": torch.zeros(16)},
+        {"weights_N": torch.ones(3)},
+    ],
+    ids=["too few", "scores", "columns", "one feature", "weights"],
+)
+def test_sums_need_a_row_a_mode_and_a_weight_of_each_example(change: dict[str, Tensor]) -> None:
+    features = torch.arange(48.0).reshape(16, 3)
+    sums = AnalyticSums.of(features, LABELS, 4)
+    given = {"features_NM": features, "modes_N": LABELS, "weights_N": torch.ones(16)} | change
+
+    with pytest.raises(ValueError, match="do not fit together; give each example a row"):
+        AnalyticSums.of(num_classes=4, **given)
+    with pytest.raises(ValueError, match="do not fit together or sums over 3 features"):
+        sums.left_out_scores(ridge=0.1, **given)
+
+
+def test_a_memory_is_told_how_to_choose(base: Fit) -> None:
+    memory = base.learner.memory
+
+    def offered(**how: Any) -> None:
+        settings = {"memory_per_class": 2, "generator": torch.Generator()} | how
+        memory.updated(IMAGES, LABELS, **settings)
+
+    with pytest.raises(ValueError, match="selection is 'best', not one of"):
+        offered(selection="best")
+    with pytest.raises(ValueError, match="-2 places"):
+        offered(memory_per_class=-2)
+    with pytest.raises(ValueError, match="share of nan"):
+        offered(memory_share=NAN)
+    with pytest.raises(ValueError, match=r"not \(\d+,\); pass both in this order, a row for each"):
+        offered(selection="herding", features=torch.zeros(len(memory) + 16))
+    with pytest.raises(ValueError, match=r"is torch.float32 of shape \(1,\); give whole positions"):
+        memory.without(torch.tensor([0.5]))
+
+
+def test_a_predictor_knows_two_precisions(base: Fit) -> None:
+    with pytest.raises(ValueError, match="precision is 'fp8'; a predictor knows fp32 and bf16"):
+        Predictor(base.learner, precision="fp8")
