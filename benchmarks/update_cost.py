@@ -518,10 +518,16 @@ def _few(examples: Labelled, shots: int, seed: int) -> Labelled:
 
 
 def _set_aside(examples: Labelled, seed: int) -> tuple[Labelled, Labelled]:
-    """Training examples, and a small hold-out that only chooses and calibrates."""
+    """Training examples, and a small hold-out that only chooses and calibrates.
+
+    A class's last example is never set aside: without one it could not be learned.
+    """
     images, labels = examples
     order = torch.randperm(len(labels), generator=generator_for(seed, "held out"))
-    held = order[: max(1, round(len(labels) * _HELD_OUT_SHARE))]
+    last = [int((labels[order] == c).nonzero()[-1, 0]) for c in labels.unique().tolist()]
+    may_go = torch.ones(len(labels), dtype=torch.bool)
+    may_go[last] = False
+    held = order[may_go][: max(1, round(len(labels) * _HELD_OUT_SHARE))]
     stays = torch.ones(len(labels), dtype=torch.bool)
     stays[held] = False
     return (images[stays], labels[stays]), (images[held], labels[held])

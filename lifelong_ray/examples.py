@@ -125,13 +125,25 @@ def thinned(examples: Sequence[Example], fraction: float) -> list[Example]:
 def split_validation(
     examples: Sequence[Example], share: float
 ) -> tuple[list[Example], list[Example]]:
-    """Set aside a share by content hash, so that a rerun sets aside the same images."""
+    """Set aside a share by content hash, so that a rerun sets aside the same images.
+
+    A class whose every example would be set aside keeps one to learn from, the one of the
+    largest hash.
+    """
+
+    def place(example: Example) -> int:
+        # Another salt than the hold-out's: the two splits must be independent.
+        digest = hashlib.sha256(f"validation:{example.content_hash}".encode()).digest()
+        return int.from_bytes(digest[:8], "big")
+
+    last: dict[str, int] = {}
+    for example in examples:
+        last[example.label] = max(last.get(example.label, 0), place(example))
     training: list[Example] = []
     validation: list[Example] = []
     for example in examples:
-        # Another salt than the hold-out's: the two splits must be independent.
-        digest = hashlib.sha256(f"validation:{example.content_hash}".encode()).digest()
-        chosen = int.from_bytes(digest[:8], "big") < share * 2**64
+        at = place(example)
+        chosen = at < share * 2**64 and at < last[example.label]
         (validation if chosen else training).append(example)
     return training, validation
 

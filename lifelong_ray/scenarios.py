@@ -26,7 +26,6 @@ from lifelong_ray.datasets import (
     SourceArrays,
     as_arrays,
     as_source_arrays,
-    check_lengths,
     class_order,
     clean_images,
     clean_labels,
@@ -35,6 +34,7 @@ from lifelong_ray.datasets import (
     hold_out,
     image_file,
     load_parts,
+    one_label_each,
     returned_by,
     thinned,
 )
@@ -379,8 +379,8 @@ def _raw_images(task_set: Any, where: str) -> LabelledImages:
     if getattr(task_set, "bounding_boxes", None) is not None:
         raise DataError(f"{where} has bounding boxes; crop the images before they enter it")
     raw_x, raw_y, raw_t = task_set.get_raw_samples()
-    x, y = np.asarray(raw_x), np.asarray(raw_y)
-    check_lengths(x, y, where)
+    x = np.asarray(raw_x)
+    y = one_label_each(np.asarray(raw_y), len(x), where)
     if getattr(task_set, "target_trsf", None) is not None:
         y = np.array(
             [task_set.get_task_target_trsf(t)(label) for label, t in zip(y, raw_t, strict=True)]

@@ -4,7 +4,7 @@ Knows the kinds of source that ``data.source`` may name. Does not know what the 
 used for. Nothing is ever downloaded.
 """
 
-from lifelong_ray.datasets.cleaning import check_lengths, clean_images, clean_labels
+from lifelong_ray.datasets.cleaning import clean_images, clean_labels, one_label_each
 from lifelong_ray.datasets.files import image_file
 from lifelong_ray.datasets.items import from_torch_dataset, returned_by
 from lifelong_ray.datasets.labelled import (
@@ -26,7 +26,6 @@ __all__ = [
     "SourceArrays",
     "as_arrays",
     "as_source_arrays",
-    "check_lengths",
     "class_order",
     "clean_images",
     "clean_labels",
@@ -38,6 +37,7 @@ __all__ = [
     "load_parts",
     "load_source",
     "natural_order",
+    "one_label_each",
     "returned_by",
     "thinned",
 ]

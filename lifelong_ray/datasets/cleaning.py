@@ -14,10 +14,14 @@ _IMAGES_AT_ONCE = 4_096
 
 
 def clean_images(x: NDArray[Any], where: str) -> NDArray[np.uint8]:
-    """Images as uint8 of shape (N, height, width, channels); uint8 is not copied.
+    """Images as uint8 of shape (N, height, width, channels).
+
+    One rule for numbers of every type, uint8 and bool too: where all of the array lie within 0
+    to 1, 1 means white and comes out as 255; else they lie within 0 to 255 and stay as they
+    are. An array of uint8 that stays as it is is not copied.
 
     Args:
-        x: (N, H, W) or (N, H, W, 1 or 3); numbers from 0 to 255, or from 0 to 1.
+        x: (N, H, W) or (N, H, W, 1 or 3).
         where: What errors call the array.
 
     Raises:
@@ -26,12 +30,15 @@ def clean_images(x: NDArray[Any], where: str) -> NDArray[np.uint8]:
     if x.ndim == 3:
         x = x[:, :, :, None]
     if x.ndim != 4 or x.shape[3] not in (1, 3):
-        raise DataError(f"{where} has shape {x.shape}; expected (N, H, W) or (N, H, W, 1 or 3)")
+        raise DataError(
+            f"{where} has shape {x.shape}; expected (N, H, W) or (N, H, W, 1 or 3), so "
+            "reshape flattened images and move the channels to the end"
+        )
     if len(x) == 0:
         raise DataError(f"{where} holds no images; give it at least one of every class")
-    if x.dtype == np.uint8:
-        return x
     to_255 = _scale([x], where)
+    if x.dtype == np.uint8 and to_255 == 1:
+        return x
     clean = np.empty(x.shape, np.uint8)
     # In parts, since a whole data set as float64 takes eight times its pixels.
     for first in range(0, len(x), _IMAGES_AT_ONCE):
@@ -41,10 +48,19 @@ def clean_images(x: NDArray[Any], where: str) -> NDArray[np.uint8]:
 
 
 def clean_each(images: Sequence[NDArray[Any]], where: str) -> list[NDArray[np.uint8]]:
-    """The same for images whose sizes may differ: each (H, W, C), numbers of any one scale."""
-    numbers = [image for image in images if image.dtype != np.uint8]
-    to_255 = _scale(numbers, where) if numbers else 1
-    return [i if i.dtype == np.uint8 else _rounded(i, to_255) for i in images]
+    """The same for images whose sizes may differ, each (H, W, C).
+
+    Those that are uint8 have one scale, all others together another.
+    """
+    is_bytes = [image.dtype == np.uint8 for image in images]
+    to_255 = {
+        kind: _scale([i for i, of in zip(images, is_bytes, strict=True) if of == kind], where)
+        for kind in set(is_bytes)
+    }
+    return [
+        i if of and to_255[of] == 1 else _rounded(i, to_255[of])
+        for i, of in zip(images, is_bytes, strict=True)
+    ]
 
 
 def _scale(arrays: Sequence[NDArray[Any]], where: str) -> int:
@@ -52,7 +68,7 @@ def _scale(arrays: Sequence[NDArray[Any]], where: str) -> int:
     for array in arrays:
         if array.dtype.kind not in "biuf":
             raise DataError(f"{where} has images of {array.dtype}; expected numbers")
-        if not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise DataError(
                 f"{where} holds values that are not finite (NaN or infinity); "
                 "repair these images or leave them out"
@@ -92,13 +108,20 @@ def clean_labels(y: NDArray[Any], where: str) -> tuple[str, ...]:
     return names
 
 
-def check_lengths(x: NDArray[Any], y: NDArray[Any], where: str) -> None:
-    """One label per image.
+def one_label_each(y: NDArray[Any], num_images: int, where: str) -> NDArray[Any]:
+    """Labels as (N,), one per image; a column (N, 1) of them is flattened.
 
     Raises:
         DataError: If there are more or fewer.
     """
-    if y.ndim != 1 or len(x) != len(y):
+    if y.shape == (num_images, 1):
+        y = y[:, 0]
+    if y.shape != (num_images,):
+        how = ""
+        if y.ndim == 2 and len(y) == num_images:
+            how = ", such as the column of the largest number where rows are one-hot (y.argmax(1))"
         raise DataError(
-            f"{where} has {len(x)} images and labels of shape {y.shape}; give each image one label"
+            f"{where} has {num_images} images and labels of shape {y.shape}; give each image one "
+            f"label{how}"
         )
+    return y

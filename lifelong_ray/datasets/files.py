@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from lifelong_ray.config import ImageConfig
-from lifelong_ray.datasets.cleaning import check_lengths, clean_images, clean_labels
+from lifelong_ray.datasets.cleaning import clean_images, clean_labels, one_label_each
 from lifelong_ray.datasets.items import from_torch_dataset
 from lifelong_ray.datasets.labelled import DataSource, LabelledImages
 from lifelong_ray.feedback import decode_image
@@ -54,8 +54,8 @@ def npz(path: Path) -> DataSource:
             for part in ("train", "test"):
                 x, y, where = arrays[f"x_{part}"], arrays[f"y_{part}"], f"{path}:{part}"
                 images = clean_images(x, where)
-                check_lengths(images, y, where)
-                parts.append(LabelledImages.from_array(images, clean_labels(y, where)))
+                labels = clean_labels(one_label_each(y, len(images), where), where)
+                parts.append(LabelledImages.from_array(images, labels))
     except (zipfile.BadZipFile, zlib.error, ValueError, TypeError, OSError, EOFError) as error:
         raise DataError(
             f"{path} is not a readable .npz of plain arrays: {error}; write it with numpy.savez"
@@ -131,11 +131,14 @@ def torchvision(name: str, folder: Path) -> DataSource:
                 f"torchvision:{name} has no train and test part to load; wrap it in a function "
                 "of yours and give data.source as package.module:function"
             ) from None
-        parts.append(_whole(data) or from_torch_dataset(data, name=f"torchvision:{name}"))
+        parts.append(
+            _whole(data, f"torchvision:{name}")
+            or from_torch_dataset(data, name=f"torchvision:{name}")
+        )
     return DataSource(*parts)
 
 
-def _whole(data: Any) -> LabelledImages | None:
+def _whole(data: Any, where: str) -> LabelledImages | None:
     """The array inside a torchvision set that has one, instead of image after image."""
     x = np.asarray(getattr(data, "data", None))
     y = np.asarray(getattr(data, "targets", None))
@@ -144,4 +147,4 @@ def _whole(data: Any) -> LabelledImages | None:
         return None
     names = getattr(data, "classes", None)
     labels = tuple(str(names[target] if names else target) for target in y.tolist())
-    return LabelledImages.from_array(x[:, :, :, None] if is_grey else x, labels)
+    return LabelledImages.from_array(clean_images(x, where), labels)

@@ -33,8 +33,8 @@ def from_torch_dataset(
     Args:
         dataset: Has a length and items. An item's image is a PIL image, an array (H, W) or
             (H, W, C), or a tensor (H, W) or (C, H, W), with 1 or 3 channels; numbers are 0 to
-            255 or 0 to 1. Its label is a whole number or a class name; what follows it is
-            ignored.
+            255, or 0 to 1 where none is larger. Its label is a whole number or a class name;
+            what follows it is ignored.
         class_names: What the label numbers mean; None takes the data set's own ``classes``,
             or where it has none the numbers as names.
         name: What errors call the data set; empty means its type's name.

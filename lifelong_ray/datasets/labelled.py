@@ -207,7 +207,7 @@ def _check_part(part: str, images: NDArray[np.uint8], labels: Labels, num_classe
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
         raise DataError(
             f"the {part} part has {len(images)} images and {labels.dtype} labels of shape "
-            f"{labels.shape}; give each image one whole number"
+            f"{labels.shape}; give each image one whole number, in an array of shape (N,)"
         )
     if not len(images):
         raise DataError(f"the {part} part holds no images; give it some of every class")

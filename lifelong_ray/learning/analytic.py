@@ -29,6 +29,10 @@ _LOWEST_STEP, _HIGHEST_STEP = -6 * _STEPS_PER_DECADE, 0
 _FLAT = 0.003
 _NUM_PROBES, _EXACT_TRACE_FEATURES = 16, 512
 _CHOOSING_FEATURES = 1_000
+_OVERFLOWED = (
+    "the analytic sums are not finite; the backbone has overflowed: lower the learning rate and "
+    "train again"
+)
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,12 @@ class AnalyticSums:
 
         Raises:
             LearningError: If the sums are not finite.
+            ValueError: If the shapes do not fit, or a mode is not among those of the sums.
         """
         if mode_class is None:
             mode_class = torch.arange(num_classes)
         mode_class = mode_class.to(features_NM.device)
+        _must_fit(features_NM, modes_N, weights_N)
         if len(modes_N) and not 0 <= int(modes_N.min()) <= int(modes_N.max()) < len(mode_class):
             raise ValueError(
                 f"modes from {int(modes_N.min())} to {int(modes_N.max())} are not among the "
@@ -113,7 +119,7 @@ class AnalyticSums:
             else torch.stack([weights_N[modes_N == k].sum() for k in range(len(mode_class))])
         )
         if not _all_finite(gram.diagonal(), class_sums, counts):
-            raise LearningError("the analytic sums are not finite; the backbone has overflowed")
+            raise LearningError(_OVERFLOWED)
         return AnalyticSums(gram, class_sums, counts, mode_class, num_classes)
 
     @property
@@ -363,6 +369,7 @@ class AnalyticSums:
         Source: the closed form of leave-one-out for linear smoothers, Hastie et al. 2009,
         eq. 7.64.
         """
+        _must_fit(features_NM, modes_N, weights_N, self.num_features)
         factor = self.factor(ridge)
         scale_K = self._target_scales(class_balance)
         weights_MK = torch.cholesky_solve(self.class_sums * scale_K, factor)
@@ -441,7 +448,7 @@ class AnalyticSums:
             LearningError: If the sums are not finite or the system cannot be solved.
         """
         if not _all_finite(self.gram, self.class_sums):
-            raise LearningError("the analytic sums are not finite; the backbone has overflowed")
+            raise LearningError(_OVERFLOWED)
         system = self.gram.clone()
         system.diagonal().add_(self.absolute_ridge(ridge))
         factor, info = torch.linalg.cholesky_ex(system)
@@ -459,6 +466,23 @@ class AnalyticSums:
                 f"{tuple(other.class_sums.shape)} do not add up; grow the smaller one first, "
                 "and give both the same modes"
             )
+
+
+def _must_fit(
+    features_NM: Tensor, modes_N: Tensor, weights_N: Tensor | None, width: int | None = None
+) -> None:
+    """Refuse examples of which each has not one row of features, one mode and one weight."""
+    wide = features_NM.dim() == 2 and width in (None, features_NM.shape[1])
+    rows = (len(features_NM),) if wide else ()
+    weighed = weights_N is None or tuple(weights_N.shape) == rows
+    if not wide or tuple(modes_N.shape) != rows or modes_N.is_floating_point() or not weighed:
+        weights = "" if weights_N is None else f", weights of shape {tuple(weights_N.shape)}"
+        raise ValueError(
+            f"features of shape {tuple(features_NM.shape)}, {modes_N.dtype} modes of shape "
+            f"{tuple(modes_N.shape)}{weights} do not fit together"
+            f"{'' if width is None else f' or sums over {width} features'}; give each example a "
+            "row, a whole number as its mode, and one weight"
+        )
 
 
 def history_after(history_UC: Tensor, new_K: Tensor) -> Tensor:

@@ -17,11 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lifelong_ray.learning.checks import check_finite, check_labels, check_rows, check_whole_numbers
 from lifelong_ray.types import LearningError
 
 _ECE_BINS = 15
 _BISECTIONS = 50
 _LOG_SHARPNESS = (math.log(1e-2), math.log(1e4))
+_NOT_FINITE = (
+    "the model has overflowed or was shown such images: look at its weights and at what it "
+    "answers to, and judge a version that answers with numbers"
+)
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,15 @@ def evaluate(
             (`allowed_classes`); None means all of them. The parent answers under the same rule.
 
     Raises:
-        LearningError: If there are no examples, the shapes do not fit, or a label is outside
-            the classes or not allowed.
+        LearningError: If there are no examples, the shapes do not fit, a logit is not finite, or
+            a label is outside the classes or not allowed.
 
     Source: Guo et al. 2017, arXiv:1706.04599 (calibration error); Yan et al. 2021,
     arXiv:2011.09161 (negative flips).
     """
     _check(logits_NC, labels_N)
+    if parent_logits is not None:
+        _check_parent(parent_logits, logits_NC)
     if allowed_NC is not None:
         _check_allowed(allowed_NC, logits_NC, labels_N)
         logits_NC = logits_NC.masked_fill(~allowed_NC, -math.inf)
@@ -99,11 +106,6 @@ def evaluate(
         within_N = logits_NC[:, :num_old].argmax(1) == labels_N
     worse = better = None
     if parent_logits is not None:
-        if len(parent_logits) != len(labels_N):
-            raise LearningError(
-                f"the parent has logits for {len(parent_logits)} examples but {len(labels_N)} are "
-                "judged; let both models answer the same ones"
-            )
         parent_right_N = parent_logits.argmax(1) == labels_N
         worse, better = _share(parent_right_N & ~right_N), _share(right_N & ~parent_right_N)
     per_class = tuple(_share(right_N[labels_N == c]) for c in range(num_classes))
@@ -139,6 +141,7 @@ def allowed_classes(
     [[0, 1, 0], [1, 0, 1]]
     """
     num_tasks = len(classes_of_task)
+    check_whole_numbers(tasks_N, "task")
     if len(tasks_N) and not 0 <= int(tasks_N.min()) <= int(tasks_N.max()) < num_tasks:
         raise LearningError(
             f"tasks run from {int(tasks_N.min())} to {int(tasks_N.max())} but there are "
@@ -161,9 +164,10 @@ def accuracy(logits_NC: Tensor, labels_N: Tensor) -> float:
     A class that the model does not answer with counts as a mistake.
 
     Raises:
-        LearningError: If there are no examples, or not as many logits as labels.
+        LearningError: If there are no examples, not as many logits as labels, or a logit that is
+            not finite.
     """
-    _check_lengths(logits_NC, labels_N)
+    _check_logits(logits_NC, labels_N)
     return float((logits_NC.argmax(1) == labels_N).double().mean())
 
 
@@ -229,9 +233,16 @@ def fit_temperature(logits_NC: Tensor, labels_N: Tensor, weights_N: Tensor | Non
         labels_N: True classes.
         weights_N: How many examples each row stands for; None means one.
 
+    Raises:
+        LearningError: If there are no examples, the shapes do not fit, a logit or weight is not
+            finite, or a label is outside the classes.
+
     Source: Guo et al. 2017, arXiv:1706.04599. The optimum is found by bisection, as the
     likelihood is concave in the inverse temperature.
     """
+    _check(logits_NC, labels_N)
+    if weights_N is not None:
+        _check_weights(weights_N, len(labels_N))
     z_NC = logits_NC.double()
     z_NC = z_NC - z_NC.mean(1, keepdim=True)
     num_examples = len(z_NC)
@@ -250,31 +261,69 @@ def fit_temperature(logits_NC: Tensor, labels_N: Tensor, weights_N: Tensor | Non
     return math.exp(-(low + high) / 2)
 
 
-def _check_lengths(logits_NC: Tensor, labels_N: Tensor) -> None:
+def _check_logits(logits_NC: Tensor, labels_N: Tensor) -> None:
+    check_whole_numbers(labels_N, "label")
     if not len(labels_N):
         raise LearningError("there are no examples to judge a model on; at least one is needed")
+    check_rows(logits_NC, "logits")
+    if logits_NC.dim() != 2 or not logits_NC.shape[1] or not logits_NC.is_floating_point():
+        raise LearningError(
+            f"the logits are {logits_NC.dtype} of shape {tuple(logits_NC.shape)}; they must be "
+            "floating-point of shape (N, C): one row per example, one column per class"
+        )
     if len(logits_NC) != len(labels_N):
         raise LearningError(
             f"there are logits of {len(logits_NC)} examples but {len(labels_N)} labels; give "
             "every example one of each"
         )
+    check_finite(logits_NC, "logits", _NOT_FINITE)
 
 
 def _check(logits_NC: Tensor, labels_N: Tensor) -> None:
-    _check_lengths(logits_NC, labels_N)
-    low, high = int(labels_N.min()), int(labels_N.max())
-    if low < 0 or high >= logits_NC.shape[1]:
+    _check_logits(logits_NC, labels_N)
+    check_labels(
+        labels_N,
+        len(logits_NC),
+        logits_NC.shape[1],
+        "label",
+        "leave its examples out, or judge a model that knows it",
+    )
+
+
+def _check_parent(parent_logits: Tensor, logits_NC: Tensor) -> None:
+    if parent_logits.dim() != 2 or len(parent_logits) != len(logits_NC):
         raise LearningError(
-            f"label {low if low < 0 else high} is outside the {logits_NC.shape[1]} classes that "
-            "the model answers with; leave its examples out, or judge a model that knows it"
+            f"the parent has logits of shape {tuple(parent_logits.shape)} but {len(logits_NC)} "
+            "examples are judged; let both models answer the same ones"
+        )
+    if parent_logits.shape[1] > logits_NC.shape[1]:
+        raise LearningError(
+            f"the parent answers with {parent_logits.shape[1]} classes and the model with only "
+            f"{logits_NC.shape[1]}; a model knows its parent's classes, so change the two round"
+        )
+    check_finite(parent_logits, "parent's logits", _NOT_FINITE)
+
+
+def _check_weights(weights_N: Tensor, num_examples: int) -> None:
+    if tuple(weights_N.shape) != (num_examples,):
+        raise LearningError(
+            f"there are weights of shape {tuple(weights_N.shape)} for {num_examples} examples; "
+            "say of each how many it stands for"
+        )
+    check_finite(weights_N, "examples' weights", "say of each example how many it stands for")
+    if float(weights_N.min()) < 0 or not float(weights_N.sum()):
+        raise LearningError(
+            f"the examples' weights run from {float(weights_N.min()):g} and add up to "
+            f"{float(weights_N.sum()):g}; give each 0 or more, and one of them more than 0"
         )
 
 
 def _check_allowed(allowed_NC: Tensor, logits_NC: Tensor, labels_N: Tensor) -> None:
-    if allowed_NC.shape != logits_NC.shape:
+    if allowed_NC.shape != logits_NC.shape or allowed_NC.dtype != torch.bool:
         raise LearningError(
-            f"the allowed classes have shape {tuple(allowed_NC.shape)} but the logits "
-            f"{tuple(logits_NC.shape)}; say for every example which classes compete"
+            f"the allowed classes are {allowed_NC.dtype} of shape {tuple(allowed_NC.shape)} but "
+            f"the logits of shape {tuple(logits_NC.shape)}; say for every example which classes "
+            "compete, as torch.bool (see allowed_classes)"
         )
     permitted_N = allowed_NC.gather(1, labels_N[:, None])[:, 0]
     if not permitted_N.all():

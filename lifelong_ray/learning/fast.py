@@ -59,7 +59,7 @@ def fit_fast(
     """
     watch = Stopwatch(run.clock)
     names = check_update(parent, training, validation, class_names)
-    check_memory(parent.memory, parent.memory_stage, parent.model.config, config.update)
+    check_memory(parent.memory, parent.memory_stage, parent.model, config.update)
     if not parent.model.num_random_features:
         raise LearningError(
             "the parent has no analytic head, which is all that the fast path updates; set "

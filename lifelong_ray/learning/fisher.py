@@ -14,14 +14,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lifelong_ray.learning.checks import check_labels
 from lifelong_ray.learning.collective import Alone, Collective
-from lifelong_ray.learning.model import Classifier
+from lifelong_ray.learning.model import Classifier, check_inputs
 from lifelong_ray.learning.squares import Cotangents, sums_of_squares
 from lifelong_ray.types import LearningError
 
@@ -208,13 +209,21 @@ def estimate_fisher(
         max_bytes: As in `sums_of_squares`.
 
     Raises:
-        LearningError: If there is no example, or a gradient is not finite.
+        LearningError: If there is no example, an input or label is none that the model knows,
+            or an input or a gradient is not finite.
 
     Source: van de Ven 2025, arXiv:2502.11756 (estimators).
     """
     group = collective or Alone()
+    if estimator not in get_args(Estimator):
+        raise ValueError(f"the estimator is {estimator!r}, not one of {get_args(Estimator)}")
+    check_inputs(model, inputs, start, "Fisher's inputs")
     if not len(inputs):
-        raise LearningError("the Fisher needs at least one example, and got none")
+        raise LearningError("the Fisher needs at least one example, and got none; give it some")
+    if estimator == "empirical":
+        check_labels(labels, len(inputs), model.num_classes, "Fisher label")
+    if allowed_C is not None:
+        _check_allowed(allowed_C, model.num_classes)
     if estimator == "exact" and model.num_classes >= _MANY_CLASSES and group.rank == 0:
         logger.warning(
             "the exact Fisher takes %d backward passes over its %d examples, one per class; "
@@ -224,7 +233,8 @@ def estimate_fisher(
         )
     draws_N = torch.rand(len(inputs), generator=generator, dtype=torch.float64)
     mine = slice(group.rank, None, group.world_size)
-    cotangents = _cotangents(estimator, labels[mine], draws_N[mine], allowed_C)
+    true_N = labels[mine] if estimator == "empirical" else labels
+    cotangents = _cotangents(estimator, true_N, draws_N[mine], allowed_C)
     if any(weight.dtype != torch.float32 for weight in model.parameters()):
         model = model.copy().float()
     was_training = {module: module.training for module in model.modules()}
@@ -245,6 +255,16 @@ def estimate_fisher(
                 "overflowed; lower the learning rate and train again"
             )
     return Fisher(values, estimator, num_examples)
+
+
+def _check_allowed(allowed_C: Tensor, num_classes: int) -> None:
+    if tuple(allowed_C.shape) != (num_classes,) or allowed_C.dtype != torch.bool:
+        raise ValueError(
+            f"the allowed classes are {allowed_C.dtype} of shape {tuple(allowed_C.shape)}; say of "
+            f"each of the {num_classes} classes whether it competes, as torch.bool"
+        )
+    if not bool(allowed_C.any()):
+        raise ValueError("no class is allowed to compete; allow those that the task has")
 
 
 def _cotangents(

@@ -56,7 +56,14 @@ def forget(learner: Learner, examples: Labelled, update: int, config: AnalyticCo
     model = learner.model.copy()
     features_NM = random_features(model, Inputs(images))
     sums = learner.sums.subtract(features_NM, history_UC[update, labels])
-    weights_MK = sums.solve(learner.ridge, config.class_balance)
+    try:
+        weights_MK = sums.solve(learner.ridge, config.class_balance)
+    except LearningError as error:
+        raise LearningError(
+            f"without these {len(labels)} examples there is no head any more: they are all that "
+            f"was learned, or not what update {update} brought; give the very images and labels "
+            f"that it was trained on, and leave some ({error})"
+        ) from error
     model.analytic.set_modes(sums.mode_class, weights_MK, float(model.analytic.sharpness))
     return replace(
         learner, model=model, sums=sums, memory=_memory_without(learner, examples, update)

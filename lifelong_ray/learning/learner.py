@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lifelong_ray.config import ModelConfig
 from lifelong_ray.learning.analytic import AnalyticSums
+from lifelong_ray.learning.checks import check_images
 from lifelong_ray.learning.fisher import Fisher, fit_to_model
 from lifelong_ray.learning.model import Classifier, Head, Shape, Source, in_chunks
 from lifelong_ray.learning.replay import ReplayMemory
@@ -79,7 +80,12 @@ class Learner:
         return self.model.config
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return calibrated logits (N, C) for uint8 images (N, channels, height, width)."""
+        """Return calibrated logits (N, C) for uint8 images (N, channels, height, width).
+
+        Raises:
+            LearningError: If the images are others.
+        """
+        check_images(images, self.model_config, "images")
         return in_chunks(self.model, images) / self.temperature
 
     def to_files(self) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ Values and checks only. Axes: N examples, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from lifelong_ray.config import ModelConfig
+from lifelong_ray.learning.checks import check_all_finite, check_images, check_labels
 from lifelong_ray.learning.collective import Alone, Collective
+from lifelong_ray.learning.fisher import fit_to_model
 from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.trainer import Clock, EpochReport, OnEpoch
 from lifelong_ray.types import LearningError
@@ -21,6 +24,8 @@ from lifelong_ray.types import LearningError
 Path = Literal["base", "full", "fast", "slow"]
 Labelled = tuple[Tensor, Tensor]
 """uint8 images (N, channels, height, width) and int64 labels (N,)."""
+
+_DAMAGED = "go on from a version whose numbers are whole, or train a base version anew"
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ def check_update(
         LearningError: If so.
     """
     names, known = tuple(class_names), parent.class_names
+    _check_parent(parent)
     if names[: len(known)] != known:
         raise LearningError(
             f"the update's classes {list(names)} do not start with the parent's {list(known)}; "
@@ -145,35 +151,62 @@ def check_known(learner: Learner, examples: Labelled) -> None:
     Raises:
         LearningError: If so.
     """
-    _check(examples, learner.class_names, learner.model_config, "learned")
+    remedy = "only examples of the learner's own classes can be meant"
+    _check(examples, learner.class_names, learner.model_config, "learned", remedy)
 
 
-def _check(examples: Labelled, names: tuple[str, ...], config: ModelConfig, what: str) -> None:
+def _check(
+    examples: Labelled,
+    names: tuple[str, ...],
+    config: ModelConfig,
+    what: str,
+    remedy: str = "give its class a name first",
+) -> None:
     """Refuse examples that cannot be what the caller means."""
     images, labels = examples
     if len(set(names)) != len(names):
         raise LearningError(f"the class names {list(names)} are not distinct; name each class once")
-    if len(images) != len(labels):
-        raise LearningError(f"there are {len(images)} {what} images but {len(labels)} labels")
+    check_images(images, config, f"{what} images")
+    check_labels(labels, len(images), names, f"{what} label", remedy)
     if not len(images):
         raise LearningError(f"there are no {what} examples; at least one is needed")
-    shape = (config.channels, config.image_size, config.image_size)
-    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape:
+
+
+def _check_parent(parent: Learner) -> None:
+    """Refuse a learner whose parts are not of one model, or hold NaN in place of numbers.
+
+    A penalty of NaN would otherwise be noticed only in the middle of the training, or, on the
+    fast path, by the version after next.
+    """
+    model = parent.model
+    parts = {
+        "class names": len(parent.class_names),
+        "analytic sums": parent.sums.num_classes,
+        "memory": parent.memory.num_classes,
+    }
+    for what, num_classes in parts.items():
+        if num_classes != model.num_classes:
+            raise LearningError(
+                f"the parent's {what} are of {num_classes} classes and its model of "
+                f"{model.num_classes}; use what was saved with this model"
+            )
+    if parent.sums.num_features != model.num_random_features:
         raise LearningError(
-            f"the {what} images are {images.dtype} of shape {tuple(images.shape)}; the model takes "
-            f"torch.uint8 of shape (N, {', '.join(map(str, shape))})"
+            f"the parent's analytic sums are over {parent.sums.num_features} random features and "
+            f"its model has {model.num_random_features}; use what was saved with this model"
         )
-    if labels.dtype != torch.int64 or labels.dim() != 1:
+    if not 0 < parent.temperature < math.inf:
         raise LearningError(
-            f"the {what} labels are {labels.dtype} of shape {tuple(labels.shape)}; "
-            "they must be torch.int64 of shape (N,)"
+            f"the parent's temperature is {parent.temperature}; it divides logits, so it must be "
+            f"above 0 and finite: {_DAMAGED}"
         )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= len(names):
-        raise LearningError(
-            f"a {what} label is {low if low < 0 else high}, outside the {len(names)} classes "
-            f"{list(names)}; give its class a name first"
-        )
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    for what, values in (
+        ("weights", weights),
+        ("Fisher", fit_to_model(parent.fisher.values, model, "Fisher")),
+        ("anchor", fit_to_model(parent.anchor, model, "anchor")),
+    ):
+        check_all_finite(values, f"parent's {what}", _DAMAGED)
 
 
 def _need_examples(labels: Tensor, names: tuple[str, ...], classes: range) -> None:

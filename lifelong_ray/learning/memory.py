@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lifelong_ray.config import ModelConfig, UpdateConfig
 from lifelong_ray.learning.chance import generator_for
+from lifelong_ray.learning.checks import check_finite, check_labels
 from lifelong_ray.learning.model import Classifier, in_chunks
 from lifelong_ray.learning.replay import ReplayMemory
 from lifelong_ray.types import LearningError
@@ -45,15 +46,13 @@ def stage_after(parent_stage: int, memory: ReplayMemory, config: UpdateConfig) -
     return parent_stage if len(memory) else memory_stage(config)
 
 
-def check_memory(
-    memory: ReplayMemory, stage: int, model: ModelConfig, config: UpdateConfig
-) -> None:
+def check_memory(memory: ReplayMemory, stage: int, model: Classifier, config: UpdateConfig) -> None:
     """Refuse a memory that cannot be gone on with as the settings say.
 
     Args:
         memory: The parent's.
         stage: Stages that its inputs have passed.
-        model: What new images look like.
+        model: The parent's, which new images and remembered inputs enter.
         config: What is to be kept.
 
     Raises:
@@ -61,19 +60,35 @@ def check_memory(
     """
     if not len(memory):
         return
-    shape = (model.channels, model.image_size, model.image_size)
-    if not stage and memory.inputs.shape[1:] != shape:
-        raise LearningError(
-            f"a memory of another image size: it holds {tuple(memory.inputs.shape[1:])} and the "
-            f"new images are {shape}; bring them to the memory's shape, or begin a family anew "
-            "with a base training"
-        )
-    if memory_stage(config) != stage:
+    if memory_stage(config) != stage or (memory.content == "features") != (stage > 0):
         raise LearningError(
             f"the memory holds {memory.content} that passed {stage} stages, which "
             f"replay.content {config.replay.content} with {config.frozen_stages} frozen stages "
             "does not go on with; keep content and frozen_stages as they were for the base training"
         )
+    if stage > len(model.stages):
+        raise LearningError(
+            f"the memory's features passed {stage} stages, and the backbone has "
+            f"{len(model.stages)}; use the memory that was saved with this model"
+        )
+    held, expected = tuple(memory.inputs.shape[1:]), model.entering_shape(stage)
+    if held != expected:
+        made = f"{stage} stages of this model give" if stage else "the new images are"
+        what = "features of another size" if stage else "another image size"
+        raise LearningError(
+            f"a memory of {what}: it holds {held} and {made} {expected}; use the "
+            "memory that was saved with this model, or begin a family anew with a base training"
+        )
+    check_labels(
+        memory.labels,
+        len(memory),
+        model.num_classes,
+        "remembered label",
+        "use the memory that was saved with this model",
+    )
+    check_finite(
+        memory.inputs, "remembered features", "go on from a version before it, or without a memory"
+    )
 
 
 @torch.no_grad()

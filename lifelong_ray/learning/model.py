@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from lifelong_ray.config import ModelConfig
 from lifelong_ray.learning.backbones import build_backbone, has_batch_statistics, standardise
+from lifelong_ray.learning.checks import check_finite, check_images, check_rows
 from lifelong_ray.learning.heads import GrowingCosine, GrowingLinear, make_head
 from lifelong_ray.learning.modes import class_scores
 from lifelong_ray.learning.widening import RandomFeatures
@@ -146,6 +147,7 @@ class Classifier(nn.Module):
         active_head: Which head `forward` answers with; ``both`` adds their logits.
         analytic_weight: Multiplies the analytic head's logits where both answer.
         learns_statistics: Whether training mode lets batch normalisation use its batch.
+        num_trunk_features: Backbone features of one image, without those of the branches.
     """
 
     def __init__(self, config: ModelConfig, shape: Shape) -> None:
@@ -157,7 +159,7 @@ class Classifier(nn.Module):
         backbone = build_backbone(config)
         self.stages = backbone.stages
         self._grid = backbone.grid
-        self._num_trunk_features = backbone.num_features
+        self.num_trunk_features = backbone.num_features
         self.head = make_head(config.head, backbone.num_features, shape.head_blocks)
         self.branches = nn.ModuleList()
         for start, blocks in zip(shape.branch_starts, shape.branch_blocks, strict=True):
@@ -190,7 +192,7 @@ class Classifier(nn.Module):
     @property
     def num_features(self) -> int:
         """Backbone features of one image, those of the branches included."""
-        return self._num_trunk_features * (1 + len(self.branches))
+        return self.num_trunk_features * (1 + len(self.branches))
 
     @property
     def num_random_features(self) -> int:
@@ -201,6 +203,29 @@ class Classifier(nn.Module):
     def device(self) -> torch.device:
         """Where the weights lie."""
         return self.head.weight.device
+
+    @torch.no_grad()
+    def entering_shape(self, stage: int) -> tuple[int, ...]:
+        """Return the shape of one example that enters the trunk's stage; 0 takes images.
+
+        Raises:
+            ValueError: If there is no such stage.
+        """
+        if not 0 <= stage <= len(self.stages):
+            raise ValueError(f"the backbone has {len(self.stages)} stages, so none enters {stage}")
+        config = self.config
+        shape = (config.channels, config.image_size, config.image_size)
+        if not stage:
+            return shape
+        passed = self.stages[:stage]
+        modes = {module: module.training for module in passed.modules()}
+        passed.eval()  # A blank image must leave no trace in running statistics.
+        try:
+            blank = torch.zeros(1, *shape, dtype=torch.uint8, device=self.device)
+            return tuple(self.activations(blank, stop=stage).shape[1:])
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
     @property
     def has_batch_statistics(self) -> bool:
@@ -268,7 +293,7 @@ class Classifier(nn.Module):
 
     def logits_of(self, features_ND: Tensor) -> Tensor:
         """Return logits (N, C) of the trained head for backbone features."""
-        parts = features_ND.split(self._num_trunk_features, dim=1)
+        parts = features_ND.split(self.num_trunk_features, dim=1)
         logits_NC: Tensor = self.head(parts[0])
         for branch, part in zip(self._branches(), parts[1:], strict=True):
             logits_NC = logits_NC + branch.head(part)
@@ -365,7 +390,10 @@ class Classifier(nn.Module):
             yield branch
 
     def _entering(self, inputs: Tensor) -> Tensor:
-        return inputs if inputs.is_floating_point() else standardise(inputs, self.config.pixels)
+        if inputs.is_floating_point():
+            return inputs
+        check_images(inputs, self.config, "images")
+        return standardise(inputs, self.config.pixels)
 
     def _run(self, inputs: Tensor, start: int) -> tuple[Tensor, list[Tensor]]:
         """Features, and what the trunk's last stage takes and gives, then each branch gives."""
@@ -390,7 +418,7 @@ class Classifier(nn.Module):
         if not self.num_random_features:
             return []
         if source == "features":
-            return [self._num_trunk_features] * (1 + len(self.branches))
+            return [self.num_trunk_features] * (1 + len(self.branches))
         if source == "pixels":
             return [config.channels * config.image_size**2]
         was_training = self.training
@@ -426,13 +454,49 @@ def build_model(
 
     Leaves the global random state as it was.
 
+    Raises:
+        ValueError: If there is no class, or a negative number of random features.
+
     >>> from lifelong_ray.config import ModelConfig
     >>> build_model(ModelConfig(), 8, seed=0).num_classes
     8
     """
+    if num_classes < 1 or num_random_features < 0:
+        raise ValueError(
+            f"{num_classes} classes and {num_random_features} random features make no classifier; "
+            "at least one class is needed, and 0 random features mean no analytic head"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Classifier(config, Shape((num_classes,), num_random_features, source))
+
+
+def check_inputs(model: Classifier, inputs: Tensor, start: int, what: str) -> None:
+    """Refuse what cannot enter a stage of the model, and numbers that are none.
+
+    Args:
+        model: Whose trunk they enter.
+        inputs: uint8 images, or activations that enter stage `start`.
+        start: Stages that they have passed.
+        what: What errors call them, in the plural.
+
+    Raises:
+        LearningError: If so.
+        ValueError: If there is no such stage.
+    """
+    check_rows(inputs, what)
+    shape = model.entering_shape(start)
+    # What follows the last stage is pooled, which features that are so already stay.
+    pooled = (model.num_trunk_features,) if start == len(model.stages) else shape
+    if not start and not inputs.is_floating_point():
+        check_images(inputs, model.config, what)
+    elif not inputs.is_floating_point() or inputs.shape[1:] not in (shape, pooled):
+        raise LearningError(
+            f"the {what} are {inputs.dtype} of shape {tuple(inputs.shape)}; stage {start} of this "
+            f"model takes floating-point activations of shape (N, {', '.join(map(str, shape))}): "
+            "compute them with this model's activations"
+        )
+    check_finite(inputs, what, "repair these images or leave them out")
 
 
 @torch.no_grad()

@@ -69,13 +69,21 @@ class EwcPenalty:
                 fits counts, and 1 where none does.
 
         Raises:
-            ValueError: If a shape differs between the two.
+            ValueError: If they name no weight or not the same ones, or a shape differs between
+                the two.
         """
         factors = factors or {}
+        if not anchor:
+            raise ValueError("EWC needs at least one weight to hold; the anchor names none")
         self._anchor: dict[str, Tensor] = {}
         self._fisher: dict[str, Tensor] = {}
         used: set[str] = set()
         for name, value in anchor.items():
+            if name not in fisher:
+                raise ValueError(
+                    f"the anchor has {name}, and the Fisher has not; estimate the Fisher at the "
+                    "anchor"
+                )
             if fisher[name].shape != value.shape:
                 raise ValueError(
                     f"{name} has an anchor of shape {tuple(value.shape)} but a Fisher of shape "
@@ -192,10 +200,17 @@ def distillation_loss(logits_BC: Tensor, teacher_BC: Tensor, temperature: float)
         temperature: Above 1 softens.
 
     Raises:
-        ValueError: If the teacher knows more classes than the student.
+        ValueError: If the teacher knows more classes than the student, or the shapes or the
+            temperature do not fit.
 
     Source: Hinton et al. 2015, arXiv:1503.02531; Li and Hoiem 2016, arXiv:1606.09282.
     """
+    if teacher_BC.dim() != 2 or len(teacher_BC) != len(logits_BC) or not temperature > 0:
+        raise ValueError(
+            f"the teacher's logits have shape {tuple(teacher_BC.shape)}, the student's "
+            f"{tuple(logits_BC.shape)}, and the temperature is {temperature}; give both a row for "
+            "each example, and a temperature above 0"
+        )
     num_known = teacher_BC.shape[1]
     if num_known > logits_BC.shape[1]:
         raise ValueError(

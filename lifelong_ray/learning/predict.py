@@ -40,6 +40,8 @@ class Predictor:
         device: str = "cpu",
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"the precision is {precision!r}; a predictor knows fp32 and bf16")
         self.class_names = learner.class_names
         self._device = torch.device(device)
         self._precision = precision

@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lifelong_ray.learning.checks import check_labels, check_rows
 from lifelong_ray.types import LearningError
 
 Selection = Literal["class_balanced", "reservoir", "herding"]
@@ -185,6 +186,13 @@ class ReplayMemory:
         Source: Vitter 1985 (algorithm R); Rebuffi et al. 2017, arXiv:1611.07725, algorithms 4
         and 5 (herding).
         """
+        if selection not in get_args(Selection):
+            raise ValueError(f"the selection is {selection!r}, not one of {get_args(Selection)}")
+        if memory_per_class < 0 or not 0 <= memory_share <= 1:
+            raise ValueError(
+                f"a class cannot have {memory_per_class} places, or a share of {memory_share}; "
+                "give 0 or more places, and a share from 0 to 1"
+            )
         old = self.padded(self.num_classes if num_classes is None else num_classes)
         old._check(new_inputs, new_labels)
         num_old, num_new = len(old), len(new_labels)
@@ -195,11 +203,11 @@ class ReplayMemory:
         if selection == "herding":
             if features is None and not num_new:
                 features = torch.zeros(num_old, 0)  # Nobody is chosen anew.
-            if features is None or len(features) != len(labels_P):
+            if features is None or features.dim() < 2 or len(features) != len(labels_P):
                 raise ValueError(
                     f"herding needs the features of {num_old} remembered and {num_new} new "
-                    f"examples, not {0 if features is None else len(features)}; pass both in "
-                    "this order"
+                    f"examples, not {None if features is None else tuple(features.shape)}; pass "
+                    "both in this order, a row for each"
                 )
             kept = _herded(features, labels_P, weights_P, num_old, places_C)
             stands_for = _equal_parts(labels_P[kept], seen_C)
@@ -243,6 +251,11 @@ class ReplayMemory:
                 include the chosen ones.
         """
         goes_N = chosen
+        if chosen.is_floating_point() or chosen.dim() != 1:
+            raise ValueError(
+                f"what is to be forgotten is {chosen.dtype} of shape {tuple(chosen.shape)}; give "
+                "whole positions or a mask, of shape (N,)"
+            )
         if chosen.dtype != torch.bool:
             if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(self):
                 raise ValueError(
@@ -278,11 +291,14 @@ class ReplayMemory:
         )
 
     def _check(self, new_inputs: Tensor, new_labels: Tensor) -> None:
-        if len(new_inputs) != len(new_labels):
-            raise LearningError(
-                f"the memory is offered {len(new_inputs)} inputs but {len(new_labels)} labels; "
-                "give every input one label"
-            )
+        check_rows(new_inputs, "memory inputs")
+        check_labels(
+            new_labels,
+            len(new_inputs),
+            self.num_classes,
+            "memory label",
+            "raise num_classes to take in new ones",
+        )
         mine, theirs = tuple(self.inputs.shape[1:]), tuple(new_inputs.shape[1:])
         if (mine, self.inputs.dtype) != (theirs, new_inputs.dtype):
             what = "image size" if self.content == "images" else "features"
@@ -291,13 +307,6 @@ class ReplayMemory:
                 f"the new examples are {new_inputs.dtype} of shape {theirs}; bring them to the "
                 "memory's shape, or begin a family anew with a base training"
             )
-        if len(new_labels):
-            low, high = int(new_labels.min()), int(new_labels.max())
-            if low < 0 or high >= self.num_classes:
-                raise LearningError(
-                    f"the memory is offered label {low if low < 0 else high} but has "
-                    f"{self.num_classes} classes; raise num_classes to take in new ones"
-                )
 
 
 def herding_order(features_ND: Tensor, num_chosen: int, weights_N: Tensor | None = None) -> Tensor:
@@ -347,12 +356,17 @@ def mix_batches(num_new: int, num_remembered: int, share: float, batch_size: int
         A function from a generator to lists of positions in ``[0, num_new + num_remembered)``.
 
     Raises:
-        LearningError: If `share` leaves no place for new examples.
+        LearningError: If there are no new examples, or no place for one.
     """
-    if share >= 1:
+    if not 0 <= share < 1:
         raise LearningError(
-            f"replay share {share:g} leaves no place for new examples; set "
-            "learning.update.replay.share below 1"
+            f"replay share {share:g} leaves no place for new examples, or none for old ones; set "
+            "learning.update.replay.share to 0 or more, and below 1"
+        )
+    if num_new < 1 or num_remembered < 0 or batch_size < 1:
+        raise LearningError(
+            f"{num_new} new and {num_remembered} remembered examples in batches of {batch_size} "
+            "train nothing; there must be a new example, and a place for it"
         )
     num_replayed = 0
     if num_remembered and share > 0:
@@ -395,6 +409,11 @@ def endless_batches(
     >>> [len(batch) for batch in batches], sorted(torch.cat(batches).tolist())[:6]
     ([3, 3, 3], [0, 0, 1, 1, 2, 2])
     """
+    if min(num_remembered, remembered_per_batch, num_batches) < 0:
+        raise LearningError(
+            f"{num_batches} batches with {remembered_per_batch} of {num_remembered} remembered "
+            "examples cannot be made; no number may be below 0"
+        )
     if num_new < 1 or new_per_batch < 1:
         raise LearningError(
             f"batches of {new_per_batch} of {num_new} new examples train nothing new; both must "

@@ -94,7 +94,7 @@ def fit_slow(
     watch = Stopwatch(run.clock)
     names = check_update(parent, training, validation, class_names)
     update, memory = config.update, parent.memory
-    check_memory(memory, parent.memory_stage, parent.model.config, update)
+    check_memory(memory, parent.memory_stage, parent.model, update)
     warn_of_forgetting(parent, update, has_new_classes=len(names) > len(parent.class_names))
     if not len(memory) and update.replay.share:
         logger.warning(

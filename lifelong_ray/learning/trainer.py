@@ -26,8 +26,9 @@ from torch.nn import functional as F
 from lifelong_ray.config import TrainerConfig
 from lifelong_ray.learning.backbones import settle_statistics
 from lifelong_ray.learning.chance import generator_for
+from lifelong_ray.learning.checks import check_labels
 from lifelong_ray.learning.collective import Alone, Collective
-from lifelong_ray.learning.model import Classifier
+from lifelong_ray.learning.model import Classifier, check_inputs
 from lifelong_ray.learning.rates import find_rate, rate_and_momentum
 from lifelong_ray.types import LearningError
 
@@ -182,11 +183,24 @@ def train(
         on_epoch: See `OnEpoch`.
 
     Raises:
-        LearningError: If a loss is not finite, there is nothing to train on, or `resume` is
-            not a checkpoint of this training.
+        LearningError: If a loss or input is not finite, there is nothing to train on, an input
+            or label is none that the model knows, or `resume` is not a checkpoint of this
+            training.
     """
+    check_inputs(model, inputs, start, "training inputs")
+    check_labels(labels, len(inputs), model.num_classes, "training label")
     if not len(inputs):
-        raise LearningError("there are no examples to train on")
+        raise LearningError("there are no examples to train on; at least one is needed")
+    if class_offsets is not None and tuple(class_offsets.shape) != (model.num_classes,):
+        raise ValueError(
+            f"the class offsets have shape {tuple(class_offsets.shape)} for {model.num_classes} "
+            "classes; give each class one"
+        )
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError(
+            "no weight of the model requires a gradient, so nothing would be trained; freeze "
+            "fewer of them"
+        )
     if start and (config.max_shift_px or config.mirror):
         raise ValueError(
             f"activations of stage {start} cannot be moved as images are; pass the images, "
@@ -277,6 +291,8 @@ class _Loop:
         self._weights = list(self._named.values())
         self._optimizer = _optimizer(self._weights, config)
         self._steps_per_epoch = len(self._batches(generator_for(seed, "batches", 0)))
+        if not self._steps_per_epoch:
+            raise ValueError("the plan of batches has none; each epoch needs at least one")
         self._num_steps = config.iterations or config.epochs * self._steps_per_epoch
         self.num_epochs = math.ceil(self._num_steps / self._steps_per_epoch)
 
@@ -323,7 +339,8 @@ class _Loop:
         rate, momentum = rate_and_momentum(config.schedule, step, self._num_steps, self._rate)
         for name, value in values.items():
             if not math.isfinite(value):
-                held = ", ".join(f"{t.name} {t.weight:g}" for t in self._weight_terms)
+                terms = self._example_terms + self._weight_terms
+                held = ", ".join(f"{t.name} {t.weight:g}" for t in terms)
                 what = name if name == _SQUARED else f"{name} loss"
                 raise LearningError(
                     f"the {what} is {value} at step {step}, learning rate {rate:.2g}: the "

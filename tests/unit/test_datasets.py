@@ -161,6 +161,36 @@ def test_numbers_from_0_to_1_come_back_to_the_same_pixels(
     np.testing.assert_array_equal(np.stack(source.train.images)[..., 0], ramp)
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.bool_, np.float32])
+def test_black_and_white_images_are_the_same_whatever_their_numbers_are(
+    write: Callable[..., Path], kind: type
+) -> None:
+    masks = np.random.default_rng(0).integers(0, 2, (8, 5, 4))
+
+    source = load(write(x_train=masks.astype(kind), x_test=masks[:4]))
+
+    np.testing.assert_array_equal(np.stack(source.train.images)[..., 0], masks * 255)
+    np.testing.assert_array_equal(np.stack(source.test.images)[..., 0], masks[:4] * 255)
+
+
+def test_dark_bytes_stay_dark_where_one_is_brighter_than_1(write: Callable[..., Path]) -> None:
+    dark = np.zeros((8, 5, 4), np.uint8)
+    dark[:, 0, 0], dark[3, 1, 1] = 1, 2
+
+    source = load(write(x_train=dark))
+
+    np.testing.assert_array_equal(np.stack(source.train.images)[..., 0], dark)
+
+
+def test_a_column_of_labels_is_one_label_each(write: Callable[..., Path]) -> None:
+    column = np.array([[0], [1]] * 4)
+
+    source = load(write(y_train=column, y_test=np.array([["0"], ["1"]] * 2)))
+
+    assert source.train.labels == ("0", "1") * 4
+    assert source.test.labels == ("0", "1") * 2
+
+
 def test_numbers_from_0_to_255_and_whole_float_labels_are_taken(
     write: Callable[..., Path], arrays: dict[str, Any]
 ) -> None:
@@ -201,10 +231,14 @@ def test_a_missing_npz_is_named(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         ({"y_test": None}, r"lacks \['y_test'\]; it holds .* and needs"),
-        ({"x_train": np.zeros((8, 20))}, r":train has shape \(8, 20\); expected"),
+        (
+            {"x_train": np.zeros((8, 20))},
+            r":train has shape \(8, 20\); .* reshape flattened images",
+        ),
         ({"x_train": np.zeros((8, 5, 4, 2), np.uint8)}, r"expected \(N, H, W\)"),
         ({"y_train": np.array([0, 1])}, r"has 8 images and labels of shape \(2,\)"),
-        ({"y_train": np.zeros((8, 1))}, r"labels of shape \(8, 1\)"),
+        ({"y_train": np.zeros((8, 2))}, r"labels of shape \(8, 2\); .* one-hot \(y.argmax\(1\)\)"),
+        ({"y_train": np.zeros((1, 8))}, r"labels of shape \(1, 8\); give each image one label$"),
         ({"x_test": np.zeros((0, 5, 4)), "y_test": np.zeros(0)}, ":test holds no images"),
         ({"x_train": np.full((8, 5, 4), np.nan)}, ":train holds values that are not finite"),
         ({"x_train": np.full((8, 5, 4), np.inf)}, "not finite"),
@@ -655,6 +689,14 @@ def test_a_dark_image_among_bright_ones_stays_dark() -> None:
     images = from_torch_dataset(Items((np.ones((2, 2)), 0), (np.full((2, 2), 255.0), 1)))
 
     assert images.images[0].max() == 1
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.bool_, np.float32])
+def test_black_and_white_items_are_the_same_whatever_their_numbers_are(kind: type) -> None:
+    images = from_torch_dataset(Items((np.eye(2).astype(kind), 0), (np.zeros((2, 2), kind), 1)))
+
+    assert images.images[0][..., 0].tolist() == [[255, 0], [0, 255]]
+    assert images.images[1].max() == 0
 
 
 def test_sizes_may_differ_and_further_parts_of_an_item_are_ignored() -> None:

@@ -115,9 +115,21 @@ def test_validation_and_hold_out_are_chosen_independently() -> None:
     assert 0.1 * len(held) < len(validation) < 0.35 * len(held)
 
 
-@pytest.mark.parametrize(("share", "kept"), [(0.0, 0), (1.0, 10)])
-def test_a_share_of_none_or_all_is_that(share: float, kept: int) -> None:
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 0), (1.0, 9)])
+def test_a_share_of_none_or_all_leaves_one_to_learn_from(share: float, kept: int) -> None:
     assert len(split_validation(examples_of(["a"] * 10), share)[1]) == kept
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_last_example_of_a_class_is_never_set_aside(seed: int) -> None:
+    examples = examples_of(["a"] * 30 + ["b"] * 2 + ["c"], seed)
+
+    training, validation = split_validation(examples, 0.9)
+
+    assert {e.label for e in training} == {"a", "b", "c"}
+    assert len(validation) > 15
+    again = split_validation(examples[::-1], 0.9)[1]
+    assert {e.content_hash for e in again} == {e.content_hash for e in validation}
 
 
 def test_only_new_classes_may_be_too_thin() -> None:

@@ -322,7 +322,7 @@ def test_unusable_examples_are_refused_by_name(base):
     base_error(images, labels * 0, ["a", "b"], "no training example of class b")
     base_error(images, labels, ["a", "a"], "not distinct")
     base_error(images[:0], labels[:0], ["a", "b"], "no training examples")
-    base_error(images[:2], labels, ["a", "b"], "2 training images but 4 labels")
+    base_error(images[:2], labels, ["a", "b"], "2 examples but 4 training labels")
     base_error(images.float(), labels, ["a", "b"], "torch.float32")
     base_error(images[:, :, :4], labels, ["a", "b"], r"shape \(4, 1, 4, 8\)")
     base_error(images, labels.int(), ["a", "b"], "must be torch.int64")
