@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import typer
 
 from lifelong_ray.config import ModelConfig
 from lifelong_ray.datasets import SourceArrays
@@ -16,7 +14,8 @@ from lifelong_ray.learning import Labelled
 from lifelong_ray.scenarios import split
 from tests.unit.benchmarks.scripts import load
 
-continual, update_cost, common = load("continual"), load("update_cost"), load("common")
+continual, sequence = load("continual"), load("sequence")
+update_cost, common = load("update_cost"), load("common")
 
 MODEL = ModelConfig(name="mlp", widths=(8,), image_size=8)
 
@@ -30,8 +29,19 @@ def arrays_of(num_classes: int, per_class: int) -> SourceArrays:
     return SourceArrays(images, labels, images, labels, names)
 
 
-def protocol(memory_per_class: int = 100) -> object:
-    return continual.Protocol("class", 2, 8, memory_per_class, 1.0)
+def protocol(num_classes: int, num_experiences: int, memory_per_class: int = 100) -> object:
+    return sequence.Protocol(
+        scenario="class",
+        iterations=2,
+        batch_size=8,
+        memory_per_class=memory_per_class,
+        lambda_ewc=1.0,
+        precision="fp32",
+        device="cpu",
+        num_experiences=num_experiences,
+        num_classes=num_classes,
+        classes_per_label=1,
+    )
 
 
 def labelled(*counts: int) -> Labelled:
@@ -46,7 +56,7 @@ def labelled(*counts: int) -> Labelled:
 def test_of_few_images_of_a_class_at_least_half_are_trained_on(
     per_class: int, trained: int
 ) -> None:
-    training, aside = continual._set_aside(labelled(per_class, per_class), 20, seed=0)
+    training, aside = sequence._set_aside(labelled(per_class, per_class), 20, seed=0)
 
     assert torch.bincount(training[1]).tolist() == [trained] * 2
     assert torch.bincount(aside[1], minlength=2).tolist() == [per_class - trained] * 2
@@ -60,8 +70,8 @@ def test_methods_run_on_few_images_of_a_class(
     scenario = split(arrays_of(4, per_class), "class", 2)
 
     for name in ("default", "derpp", "datafree"):
-        figures = continual.run_method(
-            scenario, MODEL, continual.method(name, protocol(), seed=0, labels_per_class=1)
+        figures = sequence.run_method(
+            scenario, MODEL, continual.method(name, protocol(4, 2), seed=0)
         )
 
         assert 0 <= figures["final_accuracy"] <= 1, name
@@ -99,29 +109,17 @@ def test_methods_warm_up_on_every_one_of_many_classes() -> None:
         train_labels=arrays.train_labels[last],
     )
     scenario = split(arrays, "class", 1)
-    how = continual.method("naive", protocol(), seed=0, labels_per_class=1)
+    how = continual.method("naive", protocol(60, 1), seed=0)
 
-    continual._warm_up(scenario, MODEL, how)
+    sequence.warm_up(scenario, MODEL, how, "cpu")
 
 
 def test_sixty_classes_in_three_experiences_are_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continual, "_WIDE", 32)
     scenario = split(arrays_of(60, 4), "class", 3)
-    how = continual.method("default", protocol(4), seed=0, labels_per_class=1)
+    how = continual.method("default", protocol(60, 3, 4), seed=0)
 
-    figures = continual.run_method(scenario, MODEL, how)
+    figures = sequence.run_method(scenario, MODEL, how)
 
     assert [len(row) for row in figures["rows"]] == [3, 3, 3]
     assert figures["samples_seen"] > 0
-
-
-# ---------------------------------------------------------------- data
-
-
-def test_images_that_are_not_square_are_named_with_what_to_do(tmp_path: Path) -> None:
-    images, labels = np.full((4, 6, 5), 9, np.uint8), np.array([0, 1, 0, 1])
-    path = tmp_path / "wide.npz"
-    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
-
-    with pytest.raises(typer.BadParameter, match=r"wide.npz are 6 pixels high and 5 wide.*scale"):
-        common.load_arrays(str(path), 1.0)
