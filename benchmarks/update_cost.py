@@ -87,6 +87,7 @@ from lifelong_ray.scenarios import Scenario
 _HELD_OUT_SHARE = 0.05
 _TRIAL_STEPS = (20, 140)
 _SAFETY = 0.95
+_WIDTH, _WIDTH_IN_COLOUR = 5_000, 8_000
 _CHEAPEST_STEP = 0.2
 _FEWEST_STEPS = 20
 _TIMED_BATCH, _TIMED_ROUNDS = 32, 5
@@ -141,8 +142,12 @@ def main(
         typer.Option(help="Shares of full's seconds for default and the warm control, or nothing."),
     ] = "0.05,0.1,0.2",
     num_features: Annotated[
-        int, typer.Option(help="Of the analytic head; 0 leaves slow with the trained head alone.")
-    ] = 5_000,
+        int | None,
+        typer.Option(
+            help="Of the analytic head; 0 leaves slow with the trained head alone. "
+            "If not given, 5,000, and 8,000 for images in colour."
+        ),
+    ] = None,
     source: Annotated[
         str, typer.Option(help="As analytic.source; empty: stages, where the model can.")
     ] = "",
@@ -180,7 +185,6 @@ def main(
         "replay_share": replay_share,
         "logit_adjustment": logit_adjustment,
         "distillation": distillation,
-        "num_features": num_features,
         "source": source,
         "class_balance": class_balance,
         "shots": shots,
@@ -203,7 +207,9 @@ def main(
         channels=channels,
         pool_size=4 if channels == 3 else 2,
     )
-    told["model"] = config.model_dump(mode="json")
+    if num_features is None:
+        num_features = _WIDTH_IN_COLOUR if channels == 3 else _WIDTH
+    told["model"], told["num_features"] = config.model_dump(mode="json"), num_features
     trainer = TrainerConfig(
         epochs=epochs,
         batch_size=128,
@@ -216,12 +222,15 @@ def main(
     learning = LearningConfig(
         base=trainer,
         analytic=AnalyticConfig(
-            num_features=num_features, source=source, class_balance=class_balance
+            num_features=num_features,
+            source=source,
+            class_balance=class_balance,
+            mirror=mirror or "auto",
         ),
         update=UpdateConfig(
             paths="default",
             frozen_stages=2,
-            trainer=trainer.model_copy(update={"epochs": update_epochs, "mirror": False}),
+            trainer=trainer.model_copy(update={"epochs": update_epochs}),
             ewc=EwcConfig(lambda_ewc=10, num_fisher_examples=200, num_update_fisher_examples=0),
             distillation=DistillationConfig(weight=distillation),
             replay=ReplayConfig(
@@ -245,7 +254,7 @@ def main(
     print(_table(report["methods"]))
 
 
-def _check(wanted: list[str], shares: tuple[float, ...], num_features: int) -> None:
+def _check(wanted: list[str], shares: tuple[float, ...], num_features: int | None) -> None:
     """Refuse methods that do not exist or cannot run."""
     if unknown := set(wanted) - set(METHODS):
         raise typer.BadParameter(
@@ -255,7 +264,7 @@ def _check(wanted: list[str], shares: tuple[float, ...], num_features: int) -> N
         raise typer.BadParameter(
             "--budgets are shares of the seconds of full; add it to --methods, or give --budgets ''"
         )
-    if not num_features and (needs := {"fast", "datafree"} & set(wanted)):
+    if num_features == 0 and (needs := {"fast", "datafree"} & set(wanted)):
         raise typer.BadParameter(
             f"{min(needs)} needs the analytic head; leave it out of --methods, or set "
             "--num-features above 0"

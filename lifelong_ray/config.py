@@ -236,6 +236,12 @@ class AnalyticConfig(_Branch):
         description="What is projected: pixels, the backbone's features, or the pooled outputs "
         "of its last two stages (convnet and resnet). auto: pixels for an mlp, else features.",
     )
+    mirror: bool | Literal["auto"] = Field(
+        "auto",
+        description="Whether the sums are over each image and its mirror image, half each, which "
+        "costs a second look at every image. auto: where the base training's validation images "
+        "are clearly better explained that way; false without any.",
+    )
     ridge: float = Field(
         0.0,
         ge=0,

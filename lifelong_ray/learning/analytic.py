@@ -178,6 +178,14 @@ class AnalyticSums:
             counts=self.counts + other.counts,
         )
 
+    def absorb(self, other: AnalyticSums) -> AnalyticSums:
+        """Do as `merge`, in place: for sums that nobody else holds."""
+        self._must_match(other)
+        self.gram.add_(other.gram)
+        self.class_sums.add_(other.class_sums)
+        self.counts.add_(other.counts)
+        return self
+
     def add(
         self, features_NM: Tensor, modes_N: Tensor, weights_N: Tensor | None = None
     ) -> AnalyticSums:
@@ -192,7 +200,11 @@ class AnalyticSums:
         Raises:
             LearningError: If a mode would be left with fewer than no examples.
         """
-        other = self._same_modes(features_NM, modes_N, weights_N)
+        return self.less(self._same_modes(features_NM, modes_N, weights_N))
+
+    def less(self, other: AnalyticSums) -> AnalyticSums:
+        """Return the sums without those over some of their examples; errors as in `subtract`."""
+        self._must_match(other)
         counts_K = self.counts - other.counts
         must_not_owe(self.counts, counts_K, self.mode_class)
         return replace(
@@ -291,7 +303,7 @@ class AnalyticSums:
             raise _no_solution(ridge)
         return solution.to(dtype)
 
-    def choose_ridge(self, previous: float | None = None) -> float:
+    def choose_ridge(self, previous: float | None = None, *, views: int = 1) -> float:
         """Return the ridge, for `solve`, that the sums themselves find best.
 
         With at least twice as many examples as features (as the first 1,000 of them, which
@@ -305,6 +317,8 @@ class AnalyticSums:
 
         Args:
             previous: The choice before few examples changed; only its neighbours are tried.
+            views: How many looks at an example share its weight. They count as examples of their
+                own here: on photographs and their mirror images that came nearest to the best.
 
         Raises:
             LearningError: If the sums hold no examples, or none of the ridges has a solution.
@@ -324,8 +338,10 @@ class AnalyticSums:
                 gram=self.gram[:_CHOOSING_FEATURES, :_CHOOSING_FEATURES],
                 class_sums=self.class_sums[:_CHOOSING_FEATURES],
             )
-            chosen = some.choose_ridge(None if previous is None else previous * share)
-            return min(chosen / share, 1.0)
+            near = None if previous is None else previous * share
+            return min(some.choose_ridge(near, views=views) / share, 1.0)
+        if views > 1:
+            return self.decayed(views).choose_ridge(previous)
         scores: dict[int, float] = {}
 
         def try_steps(steps: Iterable[int]) -> int:

@@ -222,6 +222,22 @@ def clearly_better(right_N: Tensor, than_N: Tensor) -> bool:
     return won - lost > math.sqrt(won + lost)
 
 
+def clearly_less(error_N: Tensor, than_N: Tensor) -> bool:
+    """Whether the errors of one model on some examples are less than another's on the same.
+
+    By more than one standard error of the mean paired difference, as in `clearly_better`, which
+    needs more examples, since it looks at answers alone.
+
+    >>> errors = torch.tensor([0.1, 0.2, 0.4, 0.3])
+    >>> clearly_less(errors, errors + 0.1), clearly_less(errors, errors.flip(0))
+    (True, False)
+    """
+    gain_N = (than_N - error_N).double()
+    if len(gain_N) < 2:
+        return False
+    return bool(gain_N.mean() > gain_N.std() / math.sqrt(len(gain_N)))
+
+
 def fit_temperature(logits_NC: Tensor, labels_N: Tensor, weights_N: Tensor | None = None) -> float:
     """Return the temperature that makes ``softmax(logits / temperature)`` most likely.
 

@@ -11,11 +11,12 @@ from dataclasses import replace
 import torch
 
 from lifelong_ray.config import AnalyticConfig
+from lifelong_ray.learning.collective import Alone
 from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.lesson import Labelled, check_known
 from lifelong_ray.learning.model import in_chunks
 from lifelong_ray.learning.replay import ReplayMemory
-from lifelong_ray.learning.wide import Inputs, random_features
+from lifelong_ray.learning.wide import Inputs, take_sums
 from lifelong_ray.types import LearningError
 
 
@@ -54,8 +55,8 @@ def forget(learner: Learner, examples: Labelled, update: int, config: AnalyticCo
             f"the training that brought them, 0 to {learner.num_updates}"
         )
     model = learner.model.copy()
-    features_NM = random_features(model, Inputs(images))
-    sums = learner.sums.subtract(features_NM, history_UC[update, labels])
+    gone = take_sums(model, Inputs(images), history_UC[update, labels], learner.sums, Alone())
+    sums = learner.sums.less(gone)
     try:
         weights_MK = sums.solve(learner.ridge, config.class_balance)
     except LearningError as error:

@@ -8,17 +8,20 @@ Axes: N examples, C classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from lifelong_ray.config import LearningConfig, ModelConfig
 from lifelong_ray.learning.analytic import AnalyticSums
 from lifelong_ray.learning.chance import generator_for
+from lifelong_ray.learning.evaluate import clearly_less
 from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.lesson import Fit, FitReport, Labelled, Run, Stopwatch, check_base
 from lifelong_ray.learning.memory import empty_memory, memory_stage, remember
-from lifelong_ray.learning.model import Classifier, Head, build_model
+from lifelong_ray.learning.model import Classifier, Head, Seen, build_model
 from lifelong_ray.learning.terms import class_means, fisher_of
 from lifelong_ray.learning.trainer import train
 from lifelong_ray.learning.wide import (
@@ -73,17 +76,32 @@ def fit_base(
     ).to(run.device)
     room = AnalyticSums.empty(config.analytic.num_features, len(names))
 
-    def add_analytic_head() -> tuple[AnalyticSums, float]:
+    def add_analytic_head(*, mirrored: bool) -> tuple[AnalyticSums, float]:
         model.eval()
+        model.analytic.mirrored = mirrored
         generator = generator_for(config.seed, "widening")
         fit_widening(model, inputs, config.seed, generator)
         sums = take_sums(model, inputs, labels, room, run.collective).noted(0, range(len(names)))
         return solve(model, sums, config.analytic, 0.0)
 
+    def add_best_analytic_head() -> tuple[AnalyticSums, float]:
+        wanted = config.analytic.mirror
+        if wanted != "auto" or validation is None or not model.num_random_features:
+            return add_analytic_head(mirrored=wanted is True)
+        seen = look(model, Inputs(validation[0]))
+        plain = add_analytic_head(mirrored=False)
+        plain_head = copy.deepcopy(model.analytic)
+        misses_N = _analytic_misses(model, seen, validation[1])
+        mirrored = add_analytic_head(mirrored=True)
+        if clearly_less(_analytic_misses(model, seen, validation[1]), misses_N):
+            return mirrored
+        model.analytic = plain_head
+        return plain
+
     def measured(so_far: Classifier) -> float:
         assert validation is not None
         if yardstick:
-            add_analytic_head()
+            add_analytic_head(mirrored=config.analytic.mirror is True)
         score = _choose(so_far, validation, yardstick=yardstick).accuracy
         so_far.active_head = "linear"
         return score
@@ -103,7 +121,7 @@ def fit_base(
     )
     model.learns_statistics = False
     watch = Stopwatch(run.clock)
-    sums, ridge = add_analytic_head()
+    sums, ridge = add_best_analytic_head()
     answering = None
     if validation is not None:
         answering = _choose(model, validation, yardstick=True)
@@ -145,7 +163,11 @@ def fit_base(
         extra_seconds=watch.lap(),
         epochs=trained.epochs,
         validation_accuracy=None if answering is None else answering.accuracy,
-        choices={"head": model.active_head, "learning_rate": trained.learning_rate},
+        choices={
+            "head": model.active_head,
+            "learning_rate": trained.learning_rate,
+            "mirrored": float(model.analytic.mirrored),
+        },
     )
     return Fit(learner, report)
 
@@ -158,6 +180,14 @@ def _choose(model: Classifier, validation: Labelled, *, yardstick: bool) -> Answ
     return choose_answering(
         model, look(model, Inputs(images)), labels, prefer="linear", among=among
     )
+
+
+def _analytic_misses(model: Classifier, seen: Seen, labels_N: Tensor) -> Tensor:
+    """How far the analytic head's scores are from 1 for the right class and 0 elsewhere, (N,)."""
+    scores_NC = model.analytic(seen.wide.to(model.device), model.num_classes).cpu()
+    wanted_NC = F.one_hot(labels_N, model.num_classes).to(scores_NC)
+    misses_N: Tensor = (scores_NC - wanted_NC).square().sum(1)
+    return misses_N
 
 
 def _weights(model: Classifier) -> dict[str, Tensor]:

@@ -228,6 +228,7 @@ def _shape(settings: dict[str, Any]) -> Shape:
         head_blocks=tuple(int(size) for size in settings["head_blocks"]),
         num_random_features=int(settings["num_random_features"]),
         source=settings["source"],
+        mirrored=bool(settings.get("mirrored", False)),  # Older versions never are.
         mode_class=tuple(int(c) for c in settings["mode_class"]),
         branch_starts=tuple(int(stage) for stage in settings["branch_starts"]),
         branch_blocks=tuple(tuple(int(n) for n in blocks) for blocks in settings["branch_blocks"]),

@@ -80,16 +80,18 @@ def _entering(
 ) -> tuple[Inputs, Tensor]:
     """Return what is trained on: new, then remembered or made-up old examples, with labels.
 
-    What frozen stages make of an image is the same in every epoch, so it is computed once,
-    unless images are moved about or would take too much memory.
+    What frozen stages make of an image is the same in every epoch, so it is computed once, and
+    once more for its mirror image, unless images are shifted or it would take too much memory.
     """
     images, labels = training
     memory, stage = parent.memory, parent.memory_stage
     if update.pseudo_features:
         return _with_pseudo_features(parent, model, training, depth, update)
-    moves = update.trainer.max_shift_px or update.trainer.mirror
-    start = 0 if moves else depth
-    if (stage and stage != depth) or (moves and update.replay.content == "features"):
+    shifts, mirrors = update.trainer.max_shift_px > 0, update.trainer.mirror
+    moves = shifts or mirrors
+    start = 0 if shifts else depth
+    features = stage or update.replay.content == "features"
+    if (stage and stage != depth) or (moves and features):
         raise LearningError(
             f"the memory holds {memory.content} that passed {stage} stages; with "
             f"replay.content {update.replay.content}, {depth} frozen stages and "
@@ -100,7 +102,8 @@ def _entering(
     if model.analytic.source == "stages":
         start = min(start, len(model.stages) - 1)
     start = min([start, *model.shape.branch_starts])
-    if start and not stage and _bytes_at(model, start) * len(images) > _MAX_CACHE_BYTES:
+    num_bytes = _bytes_at(model, start) * (len(images) + len(memory)) * (1 + mirrors)
+    if start and not stage and num_bytes > _MAX_CACHE_BYTES:
         start = 0
     all_labels = torch.cat([labels, memory.labels])
     pixels = None if stage else torch.cat([images, memory.inputs])
@@ -108,7 +111,11 @@ def _entering(
         assert pixels is not None
         return Inputs(pixels), all_labels
 
-    return Inputs(_passed(model, images, memory.inputs, stage, start), start, pixels), all_labels
+    passed = _passed(model, images, memory.inputs, stage, start)
+    turned = None
+    if mirrors:
+        turned = _passed(model, images.flip(3), memory.inputs.flip(3), stage, start)
+    return Inputs(passed, start, pixels, turned), all_labels
 
 
 def _passed(model: Classifier, images: Tensor, remembered: Tensor, stage: int, stop: int) -> Tensor:

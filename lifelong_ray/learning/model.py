@@ -40,6 +40,7 @@ class Shape:
         head_blocks: Classes added at each growth.
         num_random_features: Width of the analytic head; 0 when there is none.
         source: What the analytic head looks at.
+        mirrored: Whether its sums are over mirror images too.
         mode_class: The class of each of its modes.
         branch_starts: For each branch of an expanded network, the stage it leaves from.
         branch_blocks: For each branch, the classes its head was grown in.
@@ -48,6 +49,7 @@ class Shape:
     head_blocks: tuple[int, ...]
     num_random_features: int = 0
     source: Source = "features"
+    mirrored: bool = False
     mode_class: tuple[int, ...] | None = None
     branch_starts: tuple[int, ...] = ()
     branch_blocks: tuple[tuple[int, ...], ...] = ()
@@ -63,6 +65,7 @@ class AnalyticHead(nn.Module):
 
     Attributes:
         source: What it looks at.
+        mirrored: Whether its sums are over each image and its mirror image, half each.
         widening: The random features.
         weights_MK: One column per mode.
         mode_class: The class of each mode (K,).
@@ -74,6 +77,7 @@ class AnalyticHead(nn.Module):
     ) -> None:
         super().__init__()
         self.source = source
+        self.mirrored = False
         self.widening = RandomFeatures(num_inputs, num_features)
         self.weights_MK: Tensor
         self.mode_class: Tensor
@@ -168,6 +172,7 @@ class Classifier(nn.Module):
         modes = range(shape.num_classes) if shape.mode_class is None else shape.mode_class
         self.analytic = AnalyticHead(shape.source, 0, shape.num_random_features, list(modes))
         self.analytic.widening = RandomFeatures(sum(self.wide_blocks()), shape.num_random_features)
+        self.analytic.mirrored = shape.mirrored
         # How convolutions are fastest, in training and in answering: twice as fast on CPUs, and
         # what tensor cores want.
         self.to(memory_format=torch.channels_last)
@@ -179,6 +184,7 @@ class Classifier(nn.Module):
             head_blocks=self.head.blocks,
             num_random_features=self.num_random_features,
             source=self.analytic.source,
+            mirrored=self.analytic.mirrored,
             mode_class=tuple(self.analytic.mode_class.tolist()),
             branch_starts=tuple(branch.start for branch in self._branches()),
             branch_blocks=tuple(branch.head.blocks for branch in self._branches()),

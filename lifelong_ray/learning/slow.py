@@ -194,6 +194,7 @@ def _train(
         terms=update_terms(parent, model, material.labels, config.update, teacher_NC),
         batches=material.batches,
         start=material.inputs.start,
+        turned=material.inputs.turned,
         rivals=material.rivals,
         class_offsets=material.class_offsets,
         collective=run.collective,

@@ -152,6 +152,7 @@ def train(
     terms: tuple[LossTerm, ...] = (),
     batches: Callable[[torch.Generator], list[Tensor]] | None = None,
     start: int = 0,
+    turned: Tensor | None = None,
     rivals: Rivals | None = None,
     class_offsets: Tensor | None = None,
     collective: Collective | None = None,
@@ -175,6 +176,7 @@ def train(
         batches: From a generator to one epoch's batches of positions, always equally many;
             None means random batches of `config.batch_size`.
         start: Stages that `inputs` have passed already.
+        turned: What `inputs` would be of the mirror images; needed to mirror activations.
         rivals: Which classes compete; None means all.
         class_offsets: Added to the logits in the labels' loss alone (C,); None means nothing.
         collective: The workers; None means this one alone.
@@ -201,12 +203,12 @@ def train(
             "no weight of the model requires a gradient, so nothing would be trained; freeze "
             "fewer of them"
         )
-    if start and (config.max_shift_px or config.mirror):
+    if start and (config.max_shift_px or (config.mirror and turned is None)):
         raise ValueError(
             f"activations of stage {start} cannot be moved as images are; pass the images, "
             "or set max_shift_px to 0 and mirror to false"
         )
-    data = _Data(inputs, labels, start, rivals, class_offsets)
+    data = _Data(inputs, labels, start, turned, rivals, class_offsets)
     group = collective or Alone()
     rate = config.learning_rate
     if not rate:
@@ -245,6 +247,7 @@ class _Data:
     inputs: Tensor
     labels: Tensor
     start: int
+    turned: Tensor | None
     rivals: Rivals | None
     class_offsets: Tensor | None
 
@@ -427,7 +430,7 @@ class _Loop:
         if config.max_shift_px:
             inputs = self._shifted(inputs, step, len(batch_B), mine)
         if config.mirror:
-            inputs = self._mirrored(inputs, step, len(batch_B), mine)
+            inputs = self._mirrored(inputs, positions, step, len(batch_B), mine)
         inputs = inputs.to(device)
         if inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
@@ -473,11 +476,15 @@ class _Loop:
             self._data.inputs[chosen],
         )
 
-    def _mirrored(self, images: Tensor, step: int, size: int, mine: Tensor) -> Tensor:
+    def _mirrored(
+        self, inputs: Tensor, positions: Tensor, step: int, size: int, mine: Tensor
+    ) -> Tensor:
         """Turn about half of the images left to right."""
         generator = generator_for(self._seed, "mirror", step)
-        turned = torch.rand(size, generator=generator)[mine] < 0.5
-        return torch.where(turned[:, None, None, None], images.flip(3), images)
+        turns_B = torch.rand(size, generator=generator)[mine] < 0.5
+        kept = self._data.turned
+        other = inputs.flip(3) if kept is None else kept[positions]
+        return torch.where(turns_B.view(-1, *[1] * (inputs.dim() - 1)), other, inputs)
 
     def _shifted(self, images: Tensor, step: int, size: int, mine: Tensor) -> Tensor:
         """Move each image by up to `max_shift_px`; its edge fills what becomes free."""

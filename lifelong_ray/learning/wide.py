@@ -28,7 +28,7 @@ _SUMS_ROWS = 65_536
 _NUM_FITTING = 2_000
 _DEFAULT_SHARPNESS = 10.0
 _ALIKE = 0.3
-_MIX = (2.0, 4.0, 8.0, 16.0)
+_MIX = (2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,18 +39,40 @@ class Inputs:
         tensor: uint8 images, or activations entering stage `start` (N, ...).
         start: Stages that `tensor` has passed.
         pixels: The images, for an analytic head that looks at them; None where `tensor` is.
+        turned: What `tensor` would be of the mirror images, where that is kept; None elsewhere.
     """
 
     tensor: Tensor
     start: int = 0
     pixels: Tensor | None = None
+    turned: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tensor)
 
     def __getitem__(self, chosen: slice | Tensor) -> Inputs:
         pixels = None if self.pixels is None else self.pixels[chosen]
-        return Inputs(self.tensor[chosen], self.start, pixels)
+        turned = None if self.turned is None else self.turned[chosen]
+        return Inputs(self.tensor[chosen], self.start, pixels, turned)
+
+    def mirrored(self) -> Inputs:
+        """Return the same of the mirror images.
+
+        Raises:
+            LearningError: If only activations are left of the images.
+        """
+        pixels = None if self.pixels is None else self.pixels.flip(-1)
+        if not self.start:
+            return Inputs(self.tensor.flip(-1))
+        if self.turned is not None:
+            return Inputs(self.turned, self.start, pixels, self.tensor)
+        if pixels is None:
+            raise LearningError(
+                "the analytic sums of this family are over mirror images too, which activations "
+                "kept or made up in place of images cannot give; keep images, or set "
+                "learning.analytic.mirror to false for the base training"
+            )
+        return Inputs(pixels)
 
 
 def source_for(model: ModelConfig, learning: LearningConfig) -> Source:
@@ -116,6 +138,9 @@ def take_sums(
 ) -> AnalyticSums:
     """Return the sums over all examples, of which each worker takes its share.
 
+    A mirrored head's are over each image and its mirror image with half the weight, so that
+    counts stay those of examples; halves of whole numbers are exact too.
+
     Args:
         model: Gives the random features.
         inputs: Examples.
@@ -129,15 +154,16 @@ def take_sums(
     for first in range(group.rank * _SUMS_ROWS, len(inputs), group.world_size * _SUMS_ROWS):
         rows = slice(first, first + _SUMS_ROWS)
         piece = inputs[rows]
-        if known_NM is None:
-            features_NM = random_features(model, piece)
-        else:
-            features_NM = known_NM[first : first + len(piece)]
         weights = None if weights_N is None else weights_N[rows]
-        more = AnalyticSums.of(
-            features_NM, modes_N[rows], room.num_classes, weights, mode_class=room.mode_class
-        )
-        total = more if total is None else total.merge(more)
+        for mirrored in (False, True) if model.analytic.mirrored else (False,):
+            if known_NM is None or mirrored:
+                features_NM = random_features(model, piece, mirrored=mirrored)
+            else:
+                features_NM = known_NM[first : first + len(piece)]
+            more = AnalyticSums.of(
+                features_NM, modes_N[rows], room.num_classes, weights, mode_class=room.mode_class
+            )
+            total = more if total is None else total.absorb(more)
     if total is None:
         total = replace(
             room,
@@ -146,16 +172,28 @@ def take_sums(
             counts=torch.zeros_like(room.counts),
         )
     group.sum([total.gram, total.class_sums, total.counts])
+    if model.analytic.mirrored:
+        for values in (total.gram, total.class_sums, total.counts):
+            values.mul_(0.5)
     return total
 
 
 @torch.no_grad()
-def random_features(model: Classifier, inputs: Inputs) -> Tensor:
-    """Return the analytic head's random features (N, M) as int8, on the CPU."""
+def random_features(model: Classifier, inputs: Inputs, *, mirrored: bool = False) -> Tensor:
+    """Return the analytic head's random features (N, M) as int8, on the CPU.
+
+    Args:
+        model: Whose head it is.
+        inputs: Examples.
+        mirrored: Of their mirror images instead.
+    """
+    pieces = (inputs[i : i + _ROWS] for i in range(0, len(inputs), _ROWS))
     return torch.cat(
         [
-            model.analytic.widening.integers(_wide_inputs(model, piece)).cpu()
-            for piece in (inputs[i : i + _ROWS] for i in range(0, len(inputs), _ROWS))
+            model.analytic.widening.integers(
+                _wide_inputs(model, piece.mirrored() if mirrored else piece)
+            ).cpu()
+            for piece in pieces
         ]
     )
 
@@ -218,7 +256,8 @@ def solve(
     if not model.num_random_features:
         return sums, 0.0
     sums, _ = sums.merged_modes(config.max_modes)
-    chosen = config.ridge or sums.choose_ridge(ridge or None)
+    views = 2 if model.analytic.mirrored else 1
+    chosen = config.ridge or sums.choose_ridge(ridge or None, views=views)
     weights_MK = sums.solve(chosen, config.class_balance)
     sums, weights_MK = _alike_put_together(sums, weights_MK)
     model.analytic.set_modes(sums.mode_class, weights_MK, _DEFAULT_SHARPNESS)

@@ -28,7 +28,7 @@ MODEL = ModelConfig(widths=(8, 16), image_size=8)
 CONFIG = LearningConfig(
     seed=3,
     base=TrainerConfig(epochs=4, batch_size=16, learning_rate=1e-2, max_shift_px=1),
-    analytic=AnalyticConfig(num_features=64),
+    analytic=AnalyticConfig(num_features=64, mirror=False),
     update=UpdateConfig(
         frozen_stages=1,
         trainer=TrainerConfig(epochs=2, batch_size=16, learning_rate=5e-3, max_shift_px=0),
