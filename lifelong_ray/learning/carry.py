@@ -123,7 +123,7 @@ def sums_after(
         )
     sums, modes_N = with_modes(older, new_labels, model.num_classes, parent.num_updates + 1)
     more = take_sums(model, new_inputs, modes_N, sums, run.collective, known_NM=new_NM)
-    return solve(model, sums.merge(more), config.analytic, parent.ridge)
+    return solve(model, sums.merged_into(more), config.analytic, parent.ridge)
 
 
 def carries_sums(parent: Learner, model: Classifier, config: LearningConfig) -> bool:

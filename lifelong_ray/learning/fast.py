@@ -71,7 +71,7 @@ def fit_fast(
     update = parent.num_updates + 1
     older = parent.sums.decayed(config.analytic.decay)
     sums, modes_N = with_modes(older, labels, len(names), update)
-    sums = sums.merge(take_sums(model, inputs, modes_N, sums, run.collective))
+    sums = sums.merged_into(take_sums(model, inputs, modes_N, sums, run.collective))
     sums, ridge = solve(model, sums, config.analytic, parent.ridge)
     model.active_head = "analytic"
     train_seconds = watch.lap()

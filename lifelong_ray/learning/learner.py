@@ -33,7 +33,8 @@ LEARNER_FILE = "learner.safetensors"
 MEMORY_FILE = "memory.parquet"
 SETTINGS_FILE = "learner.json"
 
-_FORMAT = 2
+_FORMAT = 3
+_READABLE = (2, _FORMAT)
 _MEMORY_TYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -166,9 +167,15 @@ class Learner:
 
 def _rebuild(files: Mapping[str, bytes]) -> Learner:
     settings: dict[str, Any] = json.loads(files[SETTINGS_FILE])
-    if settings["format"] != _FORMAT:
+    if settings["format"] not in _READABLE:
         raise LearningError(
-            f"{SETTINGS_FILE} has format {settings['format']} and this program reads {_FORMAT}; "
+            f"{SETTINGS_FILE} has format {settings['format']} and this program reads "
+            f"{' and '.join(map(str, _READABLE))}; use the program that wrote it"
+        )
+    if settings["format"] < _FORMAT and settings["shape"]["source"] == "stages":
+        raise LearningError(
+            f"{SETTINGS_FILE} has format {settings['format']}, and since format {_FORMAT} an "
+            "analytic head over stages looks at them at length one; train a new base version, or "
             "use the program that wrote it"
         )
     class_names = tuple(str(name) for name in settings["class_names"])

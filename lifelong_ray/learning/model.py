@@ -280,7 +280,9 @@ class Classifier(nn.Module):
             return Seen(features, features)
         if self.analytic.source == "pixels":
             return Seen(features, self.wide_inputs(inputs, pixels=pixels))
-        wide = [self._pooled(h, _STAGE_GRID) for h in last_two]
+        # Each at length one: how strong a stage answers depends on the image's contrast, and on
+        # photographs half a point of accuracy with it.
+        wide = [F.normalize(self._pooled(h, _STAGE_GRID), dim=1) for h in last_two]
         return Seen(features, torch.cat(wide, dim=1))
 
     def wide_inputs(

@@ -160,10 +160,14 @@ def take_sums(
                 features_NM = random_features(model, piece, mirrored=mirrored)
             else:
                 features_NM = known_NM[first : first + len(piece)]
-            more = AnalyticSums.of(
-                features_NM, modes_N[rows], room.num_classes, weights, mode_class=room.mode_class
+            total = AnalyticSums.of(
+                features_NM,
+                modes_N[rows],
+                room.num_classes,
+                weights,
+                mode_class=room.mode_class,
+                onto=total,
             )
-            total = more if total is None else total.absorb(more)
     if total is None:
         total = replace(
             room,

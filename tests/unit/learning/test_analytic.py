@@ -529,3 +529,50 @@ def test_weighted_examples_can_be_taken_out_again():
     )
 
     close(less, AnalyticSums.of(INTEGERS[:10], LABELS[:10], 4))
+
+
+# ---------------------------------------------------------------- a factor in float32
+
+
+def corrected(sums: AnalyticSums, ridge: float) -> torch.Tensor | None:
+    return sums._corrected_solution(sums.class_sums, ridge)
+
+
+def test_a_wide_head_by_a_float32_factor_is_that_of_float64(monkeypatch):
+    monkeypatch.setattr("lifelong_ray.learning.analytic._CORRECTED_FEATURES", 1)
+    sums = AnalyticSums.of(INTEGERS, LABELS, 4)
+
+    solution = corrected(sums, 1e-3)
+
+    assert solution is not None
+    exact = sums.solve(1e-3, dtype=torch.float64)
+    torch.testing.assert_close(solution, exact, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(sums.solve(1e-3), exact.float(), rtol=1e-6, atol=1e-9)
+
+
+def test_where_float32_does_not_suffice_the_head_is_solved_in_float64(monkeypatch):
+    monkeypatch.setattr("lifelong_ray.learning.analytic._CORRECTED_FEATURES", 1)
+    twins = torch.cat([INTEGERS, INTEGERS], dim=1)  # A Gram matrix of half the rank.
+    sums = AnalyticSums.of(twins, LABELS, 4)
+
+    assert corrected(sums, 1e-13) is None
+    assert torch.equal(sums.solve(1e-13), sums.solve(1e-13, dtype=torch.float64).float())
+
+
+def test_examples_are_added_onto_sums_in_place():
+    onto = AnalyticSums.of(INTEGERS[:20], LABELS[:20], 4)
+
+    both = AnalyticSums.of(INTEGERS[20:], LABELS[20:], 4, onto=onto)
+
+    assert both is onto
+    same(both, AnalyticSums.of(INTEGERS, LABELS, 4))
+
+
+def test_merging_into_the_tensors_of_the_other_leaves_the_first_as_it_was():
+    first = AnalyticSums.of(INTEGERS[:20], LABELS[:20], 4)
+    before = first.gram.clone()
+
+    both = first.merged_into(AnalyticSums.of(INTEGERS[20:], LABELS[20:], 4))
+
+    same(both, AnalyticSums.of(INTEGERS, LABELS, 4))
+    assert torch.equal(first.gram, before)

@@ -72,6 +72,18 @@ def test_files_that_do_not_fit_together_are_a_learning_error(base, key, value):
         Learner.from_files({**files, "learner.json": json.dumps(settings).encode()})
 
 
+def test_files_of_the_format_before_are_read_unless_their_head_looks_at_stages(base):
+    files = base.learner.to_files()
+    settings = json.loads(files["learner.json"]) | {"format": 2}
+
+    older = Learner.from_files(files | {"learner.json": json.dumps(settings).encode()})
+
+    assert torch.equal(older.logits(IMAGES), base.learner.logits(IMAGES))
+    settings["shape"]["source"] = "stages"
+    with pytest.raises(LearningError, match="train a new base version"):
+        Learner.from_files(files | {"learner.json": json.dumps(settings).encode()})
+
+
 def test_files_of_another_format_are_refused(base):
     files = base.learner.to_files()
     settings = json.loads(files["learner.json"]) | {"format": 99}
