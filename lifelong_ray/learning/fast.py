@@ -16,6 +16,7 @@ from lifelong_ray.learning.chance import generator_for
 from lifelong_ray.learning.evaluate import fit_temperature
 from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.lesson import Fit, FitReport, Labelled, Run, Stopwatch, check_update
+from lifelong_ray.learning.material import enter_trained_stages
 from lifelong_ray.learning.memory import check_memory, remember, stage_after
 from lifelong_ray.learning.model import Classifier
 from lifelong_ray.learning.terms import class_means_after
@@ -66,8 +67,10 @@ def fit_fast(
             "learning.analytic.num_features for its base training, or take the slow path"
         )
     images, labels = training
-    inputs = Inputs(images)
     model = grown(parent, len(names), config.seed).to(run.device)
+    inputs = Inputs(images)
+    if config.update.paths in ("default", "both"):
+        inputs = enter_trained_stages(parent, model, images, config.update)
     update = parent.num_updates + 1
     older = parent.sums.decayed(config.analytic.decay)
     sums, modes_N = with_modes(older, labels, len(names), update)
@@ -113,7 +116,7 @@ def fit_fast(
         validation_accuracy=answering.accuracy if answering else None,
         choices={"head": "analytic", "ridge": ridge},
     )
-    return Fit(learner, report, answering.right if answering else None)
+    return Fit(learner, report, answering.right if answering else None, inputs)
 
 
 def grown(parent: Learner, num_classes: int, seed: int) -> Classifier:

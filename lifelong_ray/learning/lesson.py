@@ -19,6 +19,7 @@ from lifelong_ray.learning.collective import Alone, Collective
 from lifelong_ray.learning.fisher import fit_to_model
 from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.trainer import Clock, EpochReport, OnEpoch
+from lifelong_ray.learning.wide import Inputs
 from lifelong_ray.types import LearningError
 
 Path = Literal["base", "full", "fast", "slow"]
@@ -79,11 +80,14 @@ class Fit:
         learner: The result.
         report: What was done.
         right: Which validation examples it answers rightly, bool (N,); None without any.
+        entering: Of the fast path: the new examples where they enter the stages that the slow
+            path trains, which need not be computed again; None where nobody needs them.
     """
 
     learner: Learner
     report: FitReport
     right: Tensor | None = None
+    entering: Inputs | None = None
 
 
 class Stopwatch:

@@ -47,7 +47,12 @@ class Material:
 
 
 def material_for(
-    parent: Learner, model: Classifier, training: Labelled, depth: int, update: UpdateConfig
+    parent: Learner,
+    model: Classifier,
+    training: Labelled,
+    depth: int,
+    update: UpdateConfig,
+    entering: Inputs | None = None,
 ) -> Material:
     """Return what `model`, whose first `depth` stages are frozen, is to be trained on.
 
@@ -57,11 +62,12 @@ def material_for(
         training: New examples.
         depth: Frozen stages.
         update: The settings.
+        entering: What `enter_trained_stages` made of the new examples, if it is known.
 
     Raises:
         LearningError: If memory and settings do not go together.
     """
-    inputs, labels = _entering(parent, model, training, depth, update)
+    inputs, labels = _entering(parent, model, training, depth, update, entering)
     num_new = len(training[1])
     batches = _plan(parent, num_new, len(labels), update)
     return Material(
@@ -75,8 +81,35 @@ def material_for(
 
 
 @torch.no_grad()
+def enter_trained_stages(
+    parent: Learner, model: Classifier, images: Tensor, update: UpdateConfig
+) -> Inputs:
+    """Return new images where they enter the stages that the slow path will train.
+
+    For the fast path, which looks at them anyway, so that the slow one need not begin anew.
+    Their mirror images come along where both paths need them. Where nothing can be kept they
+    are the images themselves.
+    """
+    depth = update.frozen_stages
+    if not isinstance(depth, int) or depth > len(model.stages) or update.pseudo_features:
+        return Inputs(images)
+    start = _kept_stages(parent, model, len(images), depth, update)
+    if not start:
+        return Inputs(images)
+    turned = None
+    if model.analytic.mirrored and update.trainer.mirror:
+        turned = _passed(model, [(images.flip(3), 0)], start)
+    return Inputs(_passed(model, [(images, 0)], start), start, images, turned)
+
+
+@torch.no_grad()
 def _entering(
-    parent: Learner, model: Classifier, training: Labelled, depth: int, update: UpdateConfig
+    parent: Learner,
+    model: Classifier,
+    training: Labelled,
+    depth: int,
+    update: UpdateConfig,
+    entering: Inputs | None,
 ) -> tuple[Inputs, Tensor]:
     """Return what is trained on: new, then remembered or made-up old examples, with labels.
 
@@ -87,9 +120,7 @@ def _entering(
     memory, stage = parent.memory, parent.memory_stage
     if update.pseudo_features:
         return _with_pseudo_features(parent, model, training, depth, update)
-    shifts, mirrors = update.trainer.max_shift_px > 0, update.trainer.mirror
-    moves = shifts or mirrors
-    start = 0 if shifts else depth
+    moves = update.trainer.max_shift_px or update.trainer.mirror
     features = stage or update.replay.content == "features"
     if (stage and stage != depth) or (moves and features):
         raise LearningError(
@@ -98,28 +129,41 @@ def _entering(
             f"{'' if moves else 'no '}images moved about it would not fit the new ones: keep "
             "content and frozen_stages as they were for the base training, without shifts"
         )
-    # The analytic head may look at what enters the last stage, a branch at what enters it.
-    if model.analytic.source == "stages":
-        start = min(start, len(model.stages) - 1)
-    start = min([start, *model.shape.branch_starts])
-    num_bytes = _bytes_at(model, start) * (len(images) + len(memory)) * (1 + mirrors)
-    if start and not stage and num_bytes > _MAX_CACHE_BYTES:
-        start = 0
+    start = _kept_stages(parent, model, len(images), depth, update)
     all_labels = torch.cat([labels, memory.labels])
     pixels = None if stage else torch.cat([images, memory.inputs])
     if not start:
         assert pixels is not None
         return Inputs(pixels), all_labels
 
-    passed = _passed(model, images, memory.inputs, stage, start)
+    known = entering if entering is not None and entering.start == start else Inputs(images)
+    remembered = memory.inputs
+    passed = _passed(model, [(known.tensor, known.start), (remembered, stage)], start)
     turned = None
-    if mirrors:
-        turned = _passed(model, images.flip(3), memory.inputs.flip(3), stage, start)
+    if update.trainer.mirror:
+        new = known.mirrored()
+        turned = _passed(model, [(new.tensor, new.start), (remembered.flip(3), stage)], start)
     return Inputs(passed, start, pixels, turned), all_labels
 
 
-def _passed(model: Classifier, images: Tensor, remembered: Tensor, stage: int, stop: int) -> Tensor:
-    """What the stages up to `stop` make of new images, and of inputs that passed `stage`."""
+def _kept_stages(
+    parent: Learner, model: Classifier, num_new: int, depth: int, update: UpdateConfig
+) -> int:
+    """How many stages need not be run at every step, since what they give is kept."""
+    start = 0 if update.trainer.max_shift_px else depth
+    # The analytic head may look at what enters the last stage, a branch at what enters it.
+    if model.analytic.source == "stages":
+        start = min(start, len(model.stages) - 1)
+    start = min([start, *model.shape.branch_starts])
+    num_views = 2 if update.trainer.mirror else 1
+    num_bytes = _bytes_at(model, start) * (num_new + len(parent.memory)) * num_views
+    if start and not parent.memory_stage and num_bytes > _MAX_CACHE_BYTES:
+        return 0
+    return start
+
+
+def _passed(model: Classifier, sources: list[tuple[Tensor, int]], stop: int) -> Tensor:
+    """What the stages up to `stop` make of inputs that have passed so many of them."""
 
     def through(x: Tensor, first: int) -> Tensor:
         x = (x.float() if x.dtype == torch.float16 else x).to(model.device)
@@ -129,11 +173,11 @@ def _passed(model: Classifier, images: Tensor, remembered: Tensor, stage: int, s
 
     held: Tensor | None = None
     place = 0
-    for source, first in ((images, 0), (remembered, stage)):
+    for source, first in sources:
         for piece in source.split(_ROWS_AT_ONCE):
             h = through(piece, first)
             if held is None:  # filled in place, since it may be most of the memory there is
-                held = h.new_empty(len(images) + len(remembered), *h.shape[1:])
+                held = h.new_empty(sum(len(tensor) for tensor, _ in sources), *h.shape[1:])
                 if h.dim() == 4:
                     held = held.contiguous(memory_format=torch.channels_last)
             held[place : place + len(h)] = h

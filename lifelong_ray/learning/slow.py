@@ -108,7 +108,8 @@ def fit_slow(
     if expand:
         model.expand(depth)
         model.freeze_but_last_branch()
-    material = material_for(parent, model, training, depth, update)
+    entering = None if fast is None else fast.entering
+    material = material_for(parent, model, training, depth, update, entering)
     inputs, labels, num_new = material.inputs, material.labels, material.num_new
     carries = carries_sums(parent, model, config)
     teacher_NC, before_NM = _taught(parent, material, update, run, carries=carries)

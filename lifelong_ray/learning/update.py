@@ -58,6 +58,19 @@ def fit_update(
 
     Arguments and errors are those of `fit_fast` and `fit_slow`.
     """
+    made = _update(parent, training, class_names, config, run, validation)
+    # What the paths passed on to one another is as large as the examples, and of no more use.
+    return replace(made, fits={name: replace(f, entering=None) for name, f in made.fits.items()})
+
+
+def _update(
+    parent: Learner,
+    training: Labelled,
+    class_names: Sequence[str],
+    config: LearningConfig,
+    run: Run,
+    validation: Labelled | None,
+) -> Update:
     wanted = config.update.paths
     if config.update.pseudo_features and config.update.expansion != "never":
         raise LearningError(

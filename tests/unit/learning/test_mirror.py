@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lifelong_ray.learning import (
     fit_base,
     fit_fast,
     fit_slow,
+    fit_update,
     forget,
     train,
 )
@@ -240,3 +242,41 @@ def test_the_slow_path_mirrors_although_stages_are_frozen():
 
     heads = [learner.model.head.weight for learner in learners]
     assert not torch.equal(*heads)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_what_the_fast_path_looked_at_gives_the_slow_one_the_same_result(mirror):
+    settings = with_mirror(
+        mirror,
+        paths="default",
+        frozen_stages=1,
+        trainer=CONFIG.update.trainer.model_copy(update={"mirror": mirror}),
+    )
+    base = fit_base(OLD, NAMES[:4], MODEL, settings, run()).learner
+    fast = fit_fast(base, NEW, NAMES, settings, run())
+    assert fast.entering is not None
+    assert fast.entering.start == 1
+    forgetful = replace(fast, entering=None)
+
+    results = [
+        fit_slow(base, NEW, NAMES, settings, run(), fast=one).learner.to_files()
+        for one in (fast, forgetful)
+    ]
+
+    assert results[0] == results[1]
+    assert (
+        fit_fast(base, NEW, NAMES, with_mirror(mirror, paths="fast"), run()).learner.to_files()[
+            "model.safetensors"
+        ]
+        == fast.learner.to_files()["model.safetensors"]
+    )
+
+
+def test_an_update_does_not_hold_on_to_what_its_paths_passed_on():
+    settings = with_mirror(False, paths="both")
+    base = fit_base(OLD, NAMES[:4], MODEL, settings, run()).learner
+
+    update = fit_update(base, NEW, NAMES, settings, run())
+
+    assert set(update.fits) == {"fast", "slow"}
+    assert all(fit.entering is None for fit in update.fits.values())
