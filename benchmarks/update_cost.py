@@ -86,7 +86,6 @@ from lifelong_ray.scenarios import Scenario
 
 _HELD_OUT_SHARE = 0.05
 _TRIAL_STEPS = (20, 140)
-_SAFETY = 0.95
 _WIDTH, _WIDTH_IN_COLOUR = 5_000, 8_000
 _CHEAPEST_STEP = 0.2
 _FEWEST_STEPS = 20
@@ -445,7 +444,7 @@ class _Seed:
         # cheaper than one of full retraining.
         least_s = _CHEAPEST_STEP * self._full_seconds / self._full_steps
         per_step_s = max((more - few) / (_TRIAL_STEPS[1] - _TRIAL_STEPS[0]), least_s)
-        steps = int(_TRIAL_STEPS[0] + (_SAFETY * budget_s - few) / per_step_s)
+        steps = int(_TRIAL_STEPS[0] + (budget_s - few) / per_step_s)
         if steps < _FEWEST_STEPS:
             learning = _with_update(self._learning, paths="fast")
             return self._updated(

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from lifelong_ray.config import ModelConfig
 from lifelong_ray.types import LearningError
@@ -260,9 +261,41 @@ def _convnet(config: ModelConfig) -> list[_Piece]:
         # The larger of two values stays the larger under a ReLU: behind the pooling it gives
         # the same, to the bit, for a quarter of the work.
         layers.append(nn.ReLU())
-        stages.append((f"stage{index + 1}", nn.Sequential(*layers)))
+        stages.append((f"stage{index + 1}", _ConvStage(*layers)))
         channels = width
     return stages
+
+
+class _ConvStage(nn.Sequential):
+    """A convolution, a norm, and what follows; one layer less where nothing is trained.
+
+    Batch normalisation by fixed statistics is a scale and a shift of each channel, which the
+    convolution takes over: a seventh of the time of an answer.
+    """
+
+    def forward(self, h: Tensor) -> Tensor:
+        convolution, norm = self[0], self[1]
+        assert isinstance(convolution, nn.Conv2d)
+        trains = torch.is_grad_enabled() or norm.training
+        if trains or not isinstance(norm, nn.BatchNorm2d):
+            for layer in self:
+                h = layer(h)
+            return h
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        weight, bias = fuse_conv_bn_weights(
+            convolution.weight,
+            convolution.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
+        )
+        h = F.conv2d(h, weight, bias, convolution.stride, convolution.padding)
+        for layer in list(self)[2:]:
+            h = layer(h)
+        return h
 
 
 def _norm(kind: str, width: int) -> list[nn.Module]:

@@ -159,7 +159,7 @@ def _sums_of_memory(
 ) -> AnalyticSums:
     """Exact sums over a memory that kept everything, one mode per class and update."""
     memory = parent.memory
-    room = AnalyticSums.empty(model.num_random_features, len(parent.class_names))
+    room = AnalyticSums.empty(0, len(parent.class_names))
     modes_N = torch.zeros(len(memory), dtype=torch.int64)
     for number in memory.updates.unique().tolist():
         mine = memory.updates == number

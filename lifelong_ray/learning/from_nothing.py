@@ -74,7 +74,7 @@ def fit_base(
         num_random_features=config.analytic.num_features,
         source=source,
     ).to(run.device)
-    room = AnalyticSums.empty(config.analytic.num_features, len(names))
+    room = AnalyticSums.empty(0, len(names))
 
     def add_analytic_head(*, mirrored: bool) -> tuple[AnalyticSums, float]:
         model.eval()

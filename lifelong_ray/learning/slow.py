@@ -328,8 +328,8 @@ def _choose(
             model,
             seen,
             validation[1],
-            prefer="analytic" if analytic else "linear",
-            among=("both", "linear") if analytic else ("linear",),
+            prefer="both" if analytic else "linear",
+            among=("analytic", "linear") if analytic else ("linear",),
         )
     if not analytic or outdated:
         model.active_head = "linear"

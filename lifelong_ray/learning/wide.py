@@ -28,7 +28,9 @@ _SUMS_ROWS = 65_536
 _NUM_FITTING = 2_000
 _DEFAULT_SHARPNESS = 10.0
 _ALIKE = 0.3
-_MIX = (2.0, 4.0, 8.0, 16.0, 32.0)
+# Of the analytic head beside the trained one. First the one that disturbs it least: on CIFAR-10
+# it was never worse than the analytic head alone, and up to half a point better.
+_MIX = (32.0, 16.0, 8.0, 4.0, 2.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +147,7 @@ def take_sums(
         model: Gives the random features.
         inputs: Examples.
         modes_N: The mode of each.
-        room: Sums whose modes and classes are meant; their values do not count.
+        room: Sums whose modes and classes are meant; their values do not count, nor their width.
         group: The workers.
         weights_N: How many examples each one stands for; None means one.
         known_NM: Their random features, where they are known; may have more rows behind.
@@ -169,11 +171,9 @@ def take_sums(
                 onto=total,
             )
     if total is None:
-        total = replace(
-            room,
-            gram=torch.zeros_like(room.gram),
-            class_sums=torch.zeros_like(room.class_sums),
-            counts=torch.zeros_like(room.counts),
+        nothing_NM = torch.zeros(0, model.num_random_features, dtype=torch.int8)
+        total = AnalyticSums.of(
+            nothing_NM, modes_N[:0], room.num_classes, mode_class=room.mode_class
         )
     group.sum([total.gram, total.class_sums, total.counts])
     if model.analytic.mirrored:

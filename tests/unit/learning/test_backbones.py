@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lifelong_ray.config import ModelConfig
+from lifelong_ray.learning import build_model
 from lifelong_ray.learning.backbones import (
     build_backbone,
     has_batch_statistics,
@@ -548,3 +549,22 @@ def test_a_forward_that_fails_leaves_modes_and_statistics_as_they_were():
 def test_settling_needs_examples():
     with pytest.raises(ValueError, match="at least one example"):
         settle_statistics(nn.Identity(), nn.Identity(), torch.empty(0, 4))
+
+
+def test_a_convolution_that_takes_its_norm_over_answers_as_both_did():
+    model = build_model(ModelConfig(widths=(8, 16), image_size=8, norm="batch"), 4, seed=0)
+    images = torch.randint(0, 256, (32, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    images = images.to(torch.uint8)
+    for norm in (part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d)):
+        generator = torch.Generator().manual_seed(1)
+        for values in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+            values.copy_(torch.rand(values.shape, generator=generator) + 0.5)
+    model.eval()
+
+    apart = model(images)
+    with torch.no_grad():
+        together = model(images)
+
+    assert apart.requires_grad
+    assert not torch.equal(together, apart)
+    torch.testing.assert_close(together, apart.detach(), rtol=1e-4, atol=1e-5)
