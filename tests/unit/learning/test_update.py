@@ -179,6 +179,22 @@ def test_a_slow_way_better_by_one_example(
     assert update.best == expected
 
 
+@pytest.mark.parametrize(("num_lost", "expected"), [(1, "slow"), (4, "fast")])
+def test_a_slow_way_that_loses_no_sums_is_left_only_if_clearly_worse(
+    base, new_examples, out_of_reach, monkeypatch, num_lost, expected
+):
+    fast = updated(base.learner, new_examples, NEVER_ENOUGH, out_of_reach).fits["fast"]
+    assert fast.right is not None
+    fewer = fast.right.clone()
+    fewer[fast.right.nonzero()[:num_lost, 0]] = False
+    slow = Fit(replace(fast.learner, sums_exact=True), fast.report, fewer)
+    monkeypatch.setattr("lifelong_ray.learning.update.fit_slow", lambda *_, **__: slow)
+
+    update = updated(base.learner, new_examples, NEVER_ENOUGH, out_of_reach)
+
+    assert update.best == expected
+
+
 def test_what_a_fit_got_right_is_what_its_learner_answers(base, new_examples, out_of_reach):
     update = updated(base.learner, new_examples, NEVER_ENOUGH, out_of_reach)
 
