@@ -86,7 +86,7 @@ from lifelong_ray.scenarios import Scenario
 
 _HELD_OUT_SHARE = 0.05
 _TRIAL_STEPS = (20, 140)
-_WIDTH, _WIDTH_IN_COLOUR = 5_000, 8_000
+_WIDTH, _WIDTH_IN_COLOUR = 5_000, 6_000
 _CHEAPEST_STEP = 0.2
 _FEWEST_STEPS = 20
 _TIMED_BATCH, _TIMED_ROUNDS = 32, 5
@@ -144,7 +144,7 @@ def main(
         int | None,
         typer.Option(
             help="Of the analytic head; 0 leaves slow with the trained head alone. "
-            "If not given, 5,000, and 8,000 for images in colour."
+            "If not given, 5,000, and 6,000 for images in colour."
         ),
     ] = None,
     source: Annotated[
