@@ -34,12 +34,16 @@ _SCENARIOS = {
     "from, whose classes alone compete.",
 }
 _CONTINUAL = """
+## Classes that arrive in parts
+
 Training images are never shown again, but for those that a method remembers: as many per class as
 stated below, a fifth of which `default` keeps as a hold-out. `datafree` keeps no image at all, and
 neither do `naive`, `ewc` and `lwf`. `joint` sees everything at once. Retention is the accuracy on
 what was known before an update, after it, as a share of that before it; the mean over updates.
 """
 _UPDATE = """
+## Updates against full retraining
+
 A version that knows the other classes learns the new ones. `full` trains from nothing on
 everything. `warm_...` goes on training on everything, for an epoch or for as many seconds as the
 share says: the control that any update has to beat. `datafree` keeps no old image. `within old`
@@ -82,10 +86,12 @@ def main(
 ) -> None:
     """Write the report."""
     parts = [_INTRO]
-    for path in sorted(results.glob("continual_*.json")):
-        parts.append(_continual(path, docs))
-    for path in sorted(results.glob("update_*.json")):
-        parts.append(_update(path, docs))
+    for kind, said, section in (
+        ("continual", _CONTINUAL, _continual),
+        ("update", _UPDATE, _update),
+    ):
+        if paths := sorted(results.glob(f"{kind}_*.json")):
+            parts += [said, *(section(path, docs) for path in paths)]
     for kind, said, rows_of, columns in _COSTS:
         runs = [
             json.loads(path.read_text(encoding="utf-8"))
@@ -146,7 +152,7 @@ def _continual(path: Path, docs: Path) -> str:
     title = f"{setup['data']}, {setup['scenario']}-incremental, {setup['experiences']} experiences"
     columns = ("method", "final accuracy", "std", "retention", "forgetting", "plasticity")
     return (
-        f"\n## {title}\n\n{_SCENARIOS[setup['scenario']]}\n{_CONTINUAL}\n"
+        f"\n### {title}\n\n{_SCENARIOS[setup['scenario']]}\n\n"
         f"{_said(setup)}\n\n{_of_avalanche(setup, methods)}"
         f"{table([*columns, 'seconds', 'samples'], rows)}\n\n![final accuracy]({picture})\n"
     )
@@ -169,7 +175,9 @@ def _of_avalanche(setup: dict[str, Any], methods: dict[str, Any]) -> str:
 def _skipped(path: Path, report: dict[str, Any]) -> str:
     """Say in place of figures why there are none."""
     setup = report["setup"]
-    return f"\n## {setup['data']}: {path.stem}\n\n{_said(setup)}\n\nSkipped: {report['skipped']}.\n"
+    return (
+        f"\n### {setup['data']}: {path.stem}\n\n{_said(setup)}\n\nSkipped: {report['skipped']}.\n"
+    )
 
 
 def _update(path: Path, docs: Path) -> str:
@@ -185,8 +193,11 @@ def _update(path: Path, docs: Path) -> str:
         _scatter(methods, docs / picture)
         shown = f"\n![accuracy against share of seconds]({picture})\n"
     columns = ("method", "share of seconds", "samples", "all", "old", "new", "retention")
+    title = f"{setup['data']}: new classes {setup['new_classes']}"
+    if setup.get("shots"):
+        title += f", {setup['shots']} examples of each"
     return (
-        f"\n## {setup['data']}: new classes {setup['new_classes']}\n{_UPDATE}\n{_said(setup)}\n\n"
+        f"\n### {title}\n\n{_said(setup)}\n\n"
         f"{table([*columns, 'within old', 'points over full'], rows)}\n{shown}"
     )
 
