@@ -23,7 +23,6 @@ from lifelong_ray.learning.chance import generator_for
 from lifelong_ray.learning.gram import (
     add_float_sums,
     add_integer_sums,
-    add_weighted_integer_sums,
 )
 from lifelong_ray.types import LearningError
 
@@ -120,10 +119,8 @@ class AnalyticSums:
         gram, class_sums, counts = onto.gram, onto.class_sums, onto.counts
         if features_NM.dtype != torch.int8:
             add_float_sums(gram, class_sums, features_NM, own_NK, weights_N)
-        elif weights_N is None:
-            add_integer_sums(gram, class_sums, features_NM, own_NK)
         else:
-            add_weighted_integer_sums(gram, class_sums, features_NM, own_NK, weights_N)
+            add_integer_sums(gram, class_sums, features_NM, own_NK, weights_N)
         counts += (
             own_NK.sum(0).double()
             if weights_N is None

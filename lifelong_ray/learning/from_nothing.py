@@ -76,31 +76,36 @@ def fit_base(
     ).to(run.device)
     room = AnalyticSums.empty(0, len(names))
 
-    def add_analytic_head(*, mirrored: bool) -> tuple[AnalyticSums, float]:
+    def draw_features() -> None:
         model.eval()
+        fit_widening(model, inputs, config.seed, generator_for(config.seed, "widening"))
+
+    def add_analytic_head(
+        *, mirrored: bool, plain: AnalyticSums | None = None
+    ) -> tuple[AnalyticSums, float]:
         model.analytic.mirrored = mirrored
-        generator = generator_for(config.seed, "widening")
-        fit_widening(model, inputs, config.seed, generator)
-        sums = take_sums(model, inputs, labels, room, run.collective).noted(0, range(len(names)))
-        return solve(model, sums, config.analytic, 0.0)
+        sums = take_sums(model, inputs, labels, room, run.collective, plain=plain)
+        return solve(model, sums.noted(0, range(len(names))), config.analytic, 0.0)
 
     def add_best_analytic_head() -> tuple[AnalyticSums, float]:
+        draw_features()
         wanted = config.analytic.mirror
         if wanted != "auto" or validation is None or not model.num_random_features:
             return add_analytic_head(mirrored=wanted is True)
         seen = look(model, Inputs(validation[0]))
-        plain = add_analytic_head(mirrored=False)
+        sums, ridge = add_analytic_head(mirrored=False)
         plain_head = copy.deepcopy(model.analytic)
         misses_N = _analytic_misses(model, seen, validation[1])
-        mirrored = add_analytic_head(mirrored=True)
+        both = add_analytic_head(mirrored=True, plain=sums)
         if clearly_less(_analytic_misses(model, seen, validation[1]), misses_N):
-            return mirrored
+            return both
         model.analytic = plain_head
-        return plain
+        return sums, ridge
 
     def measured(so_far: Classifier) -> float:
         assert validation is not None
         if yardstick:
+            draw_features()
             add_analytic_head(mirrored=config.analytic.mirror is True)
         score = _choose(so_far, validation, yardstick=yardstick).accuracy
         so_far.active_head = "linear"

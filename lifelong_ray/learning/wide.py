@@ -137,6 +137,7 @@ def take_sums(
     weights_N: Tensor | None = None,
     *,
     known_NM: Tensor | None = None,
+    plain: AnalyticSums | None = None,
 ) -> AnalyticSums:
     """Return the sums over all examples, of which each worker takes its share.
 
@@ -151,13 +152,18 @@ def take_sums(
         group: The workers.
         weights_N: How many examples each one stands for; None means one.
         known_NM: Their random features, where they are known; may have more rows behind.
+        plain: All workers' sums over these examples without their mirror images, where a
+            mirrored head's are wanted and these are known.
     """
+    views = (False, True) if model.analytic.mirrored else (False,)
+    if plain is not None:
+        views = (True,)
     total: AnalyticSums | None = None
     for first in range(group.rank * _SUMS_ROWS, len(inputs), group.world_size * _SUMS_ROWS):
         rows = slice(first, first + _SUMS_ROWS)
         piece = inputs[rows]
         weights = None if weights_N is None else weights_N[rows]
-        for mirrored in (False, True) if model.analytic.mirrored else (False,):
+        for mirrored in views:
             if known_NM is None or mirrored:
                 features_NM = random_features(model, piece, mirrored=mirrored)
             else:
@@ -176,6 +182,8 @@ def take_sums(
             nothing_NM, modes_N[:0], room.num_classes, mode_class=room.mode_class
         )
     group.sum([total.gram, total.class_sums, total.counts])
+    if plain is not None:
+        total = plain.merged_into(total)
     if model.analytic.mirrored:
         for values in (total.gram, total.class_sums, total.counts):
             values.mul_(0.5)
