@@ -22,6 +22,7 @@ from lifelong_ray.learning.from_nothing import fit_base
 from lifelong_ray.learning.history import History
 from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.lesson import Fit, FitReport, Labelled, Run
+from lifelong_ray.learning.live import LiveHead
 from lifelong_ray.learning.model import Classifier, build_model
 from lifelong_ray.learning.penalties import distillation_loss, ewc_penalty
 from lifelong_ray.learning.predict import Answers, Predictor
@@ -53,6 +54,7 @@ __all__ = [
     "History",
     "Labelled",
     "Learner",
+    "LiveHead",
     "LossTerm",
     "OnEpoch",
     "Predictor",

@@ -275,6 +275,28 @@ class AnalyticSums:
         new_K = new_K.to(self.mode_class.device)
         return replace(merged, history=history_after(self.history, new_K)), new_K
 
+    def without_empty_modes(self) -> AnalyticSums:
+        """Return the sums without modes that have no examples, but for one of each class."""
+        held_K = (self.counts > 0).tolist()
+        class_of = self.mode_class.tolist()
+        shown = {c for c, held in zip(class_of, held_K, strict=True) if held}
+        kept: list[int] = []
+        for k, c in enumerate(class_of):
+            if held_K[k] or c not in shown:
+                kept.append(k)
+                shown.add(c)
+        if len(kept) == self.num_modes:
+            return self
+        new_K = torch.full_like(self.mode_class, -1)
+        new_K[kept] = torch.arange(len(kept), device=new_K.device)
+        return replace(
+            self,
+            class_sums=self.class_sums[:, kept],
+            counts=self.counts[kept],
+            mode_class=self.mode_class[kept],
+            history=history_after(self.history, new_K.to(self.history.device)),
+        )
+
     def decayed(self, factor: float) -> AnalyticSums:
         """Return the sums with every example's weight multiplied by `factor`."""
         if factor == 1:
@@ -550,7 +572,7 @@ def _empty(features_NM: Tensor, mode_class: Tensor, num_classes: int) -> Analyti
 
 
 def history_after(history_UC: Tensor, new_K: Tensor) -> Tensor:
-    """Return the history after modes were put together; `new_K` is each old mode's new one."""
+    """Return the history once each old mode is mode `new_K` of the new ones; -1 is none."""
     return torch.where(history_UC < 0, history_UC, new_K[history_UC.clamp(min=0)])
 
 

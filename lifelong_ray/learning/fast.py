@@ -24,6 +24,7 @@ from lifelong_ray.learning.wide import (
     Inputs,
     choose_answering,
     look,
+    num_views,
     random_features,
     solve,
     take_sums,
@@ -98,7 +99,14 @@ def fit_fast(
         anchor=anchor_of(parent, model),
         sums=sums,
         memory=remember(
-            parent.memory, model, images, labels, config.update, seed=config.seed, update=update
+            parent.memory,
+            model,
+            images,
+            labels,
+            config.update,
+            seed=config.seed,
+            update=update,
+            is_trained=False,
         ),
         class_means=class_means_after(parent, model, inputs, labels, config),
         temperature=temperature,
@@ -106,10 +114,12 @@ def fit_fast(
         ridge=ridge,
         num_updates=update,
         memory_stage=stage_after(parent.memory_stage, parent.memory, config.update),
+        slow_losses=parent.slow_losses,
+        slow_rest=parent.slow_rest,
     )
     report = FitReport(
         path="fast",
-        samples_seen=len(images),
+        samples_seen=len(images) * num_views(model),
         train_seconds=train_seconds,
         extra_seconds=watch.lap(),
         epochs=(),
@@ -160,7 +170,10 @@ def _left_out_temperature(
     ridge: float,
     class_balance: float,
 ) -> float:
-    """Calibrate on remembered and new examples, each judged by a head that never had it."""
+    """Calibrate on remembered and new examples, each judged by a head that never had it.
+
+    In a mirrored family the head still has its mirror image.
+    """
     memory = parent.memory
     stride = max(1, len(inputs) // _NUM_CALIBRATING)
     chosen = torch.arange(0, len(inputs), stride)
@@ -177,7 +190,7 @@ def _left_out_temperature(
     left_out_NK = sums.left_out_scores(
         features_NM,
         modes_N,
-        torch.ones_like(stands_for_N),
+        torch.full_like(stands_for_N, 1 / num_views(model)),
         ridge,
         class_balance,
     )

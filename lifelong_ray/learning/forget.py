@@ -56,7 +56,7 @@ def forget(learner: Learner, examples: Labelled, update: int, config: AnalyticCo
         )
     model = learner.model.copy()
     gone = take_sums(model, Inputs(images), history_UC[update, labels], learner.sums, Alone())
-    sums = learner.sums.less(gone)
+    sums = learner.sums.less(gone).without_empty_modes()
     try:
         weights_MK = sums.solve(learner.ridge, config.class_balance)
     except LearningError as error:
@@ -76,7 +76,9 @@ def _memory_without(learner: Learner, examples: Labelled, update: int) -> Replay
     images, labels = examples
     inputs = images
     if learner.memory_stage:
-        inputs = in_chunks(lambda x: model.activations(x, stop=learner.memory_stage), images)
+        inputs = in_chunks(
+            lambda x: model.activations(x, stop=learner.memory_stage), images, filled_up=True
+        )
         inputs = inputs.to(memory.inputs.dtype)
     gone = {one.numpy().tobytes() for one in inputs.contiguous()}
     goes_N = [

@@ -30,6 +30,7 @@ from lifelong_ray.learning.wide import (
     choose_answering,
     fit_widening,
     look,
+    mirror_for,
     solve,
     source_for,
     take_sums,
@@ -75,6 +76,7 @@ def fit_base(
         source=source,
     ).to(run.device)
     room = AnalyticSums.empty(0, len(names))
+    wanted = mirror_for(config)
 
     def draw_features() -> None:
         model.eval()
@@ -89,7 +91,6 @@ def fit_base(
 
     def add_best_analytic_head() -> tuple[AnalyticSums, float]:
         draw_features()
-        wanted = config.analytic.mirror
         if wanted != "auto" or validation is None or not model.num_random_features:
             return add_analytic_head(mirrored=wanted is True)
         seen = look(model, Inputs(validation[0]))
@@ -106,7 +107,7 @@ def fit_base(
         assert validation is not None
         if yardstick:
             draw_features()
-            add_analytic_head(mirrored=config.analytic.mirror is True)
+            add_analytic_head(mirrored=wanted is True)
         score = _choose(so_far, validation, yardstick=yardstick).accuracy
         so_far.active_head = "linear"
         return score

@@ -50,8 +50,17 @@ class LiveHead:
             class_balance,
         )
 
-    def with_examples(self, features_NM: Tensor, modes_N: Tensor, sign: int = 1) -> LiveHead:
+    def with_examples(
+        self, features_NM: Tensor, modes_N: Tensor, sign: int = 1, *, weight: float = 1.0
+    ) -> LiveHead:
         """Return the head with (`sign` 1) or without (-1) a few examples.
+
+        Args:
+            features_NM: Their random features.
+            modes_N: Their modes.
+            sign: 1 or -1.
+            weight: How many examples each row counts as: a half in mirrored sums, where an
+                example has two rows.
 
         Raises:
             LearningError: If a mode would be left with fewer than no examples, or the head
@@ -62,9 +71,10 @@ class LiveHead:
         """
         if sign not in {1, -1}:
             raise ValueError(f"the sign of examples is 1 or -1, not {sign}")
-        x_NM = features_NM.to(self.inverse)
-        own_NK = F.one_hot(modes_N.long(), len(self.counts)).to(x_NM)
-        counts_K = self.counts + sign * own_NK.sum(0)
+        # A row of weight w adds to the sums what w times its square and w times its label do.
+        x_NM = features_NM.to(self.inverse) * weight**0.5
+        own_NK = F.one_hot(modes_N.long(), len(self.counts)).to(x_NM) * weight**0.5
+        counts_K = self.counts + sign * own_NK.sum(0) * weight**0.5
         must_not_owe(self.counts, counts_K, self.mode_class)
         towards_MN = self.inverse @ x_NM.T
         core_NN = x_NM @ towards_MN

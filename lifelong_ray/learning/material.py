@@ -14,15 +14,14 @@ from lifelong_ray.config import UpdateConfig
 from lifelong_ray.learning.chance import generator_for
 from lifelong_ray.learning.learner import Learner
 from lifelong_ray.learning.lesson import Labelled
-from lifelong_ray.learning.model import Classifier, in_chunks
+from lifelong_ray.learning.model import Classifier, in_chunks, rows_at_once, with_rows
 from lifelong_ray.learning.replay import BatchPlan, endless_batches, mix_batches
 from lifelong_ray.learning.trainer import Rivals
-from lifelong_ray.learning.wide import Inputs
+from lifelong_ray.learning.wide import NO_MIRROR, Inputs, replays_no_images
 from lifelong_ray.types import LearningError
 
 _MAX_CACHE_BYTES = 4_000_000_000
 _MOST_REPLAYED = 0.75
-_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +86,14 @@ def enter_trained_stages(
     """Return new images where they enter the stages that the slow path will train.
 
     For the fast path, which looks at them anyway, so that the slow one need not begin anew.
-    Their mirror images come along where both paths need them. Where nothing can be kept they
-    are the images themselves.
+    Their mirror images come along where both paths need them. Where nothing can be kept, or the
+    fast path would not have looked, they are the images themselves.
     """
     depth = update.frozen_stages
     if not isinstance(depth, int) or depth > len(model.stages) or update.pseudo_features:
+        return Inputs(images)
+    slow_sits_out = update.paths == "default" and parent.slow_rest > 0
+    if slow_sits_out or model.analytic.source == "pixels":
         return Inputs(images)
     start = _kept_stages(parent, model, len(images), depth, update)
     if not start:
@@ -118,6 +120,8 @@ def _entering(
     """
     images, labels = training
     memory, stage = parent.memory, parent.memory_stage
+    if model.analytic.mirrored and replays_no_images(update):
+        raise LearningError(NO_MIRROR)
     if update.pseudo_features:
         return _with_pseudo_features(parent, model, training, depth, update)
     moves = update.trainer.max_shift_px or update.trainer.mirror
@@ -171,11 +175,12 @@ def _passed(model: Classifier, sources: list[tuple[Tensor, int]], stop: int) -> 
             x = x.contiguous(memory_format=torch.channels_last)
         return model.activations(x, start=first, stop=stop).cpu()
 
+    rows = rows_at_once(model.device)
     held: Tensor | None = None
     place = 0
     for source, first in sources:
-        for piece in source.split(_ROWS_AT_ONCE):
-            h = through(piece, first)
+        for piece in source.split(rows):
+            h = through(with_rows(piece, rows), first)[: len(piece)]
             if held is None:  # filled in place, since it may be most of the memory there is
                 held = h.new_empty(sum(len(tensor) for tensor, _ in sources), *h.shape[1:])
                 if h.dim() == 4:

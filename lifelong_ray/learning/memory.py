@@ -101,6 +101,7 @@ def remember(
     *,
     seed: int,
     update: int = 0,
+    is_trained: bool = True,
 ) -> ReplayMemory:
     """Return the memory after these examples, with draws that differ from update to update.
 
@@ -112,11 +113,15 @@ def remember(
         config: What to keep, and how much of it.
         seed: Of the training.
         update: Number of the update that brought them.
+        is_trained: Whether the trained head has learned them. If not, its logits are of no use
+            and none are stored.
     """
     replay, stage = config.replay, memory_stage(config)
     inputs = images
     if stage:
-        inputs = in_chunks(lambda x: _half(model.activations(_on(model, x), stop=stage)), images)
+        inputs = in_chunks(
+            lambda x: _half(model.activations(_on(model, x), stop=stage)), images, filled_up=True
+        )
         if memory.content == "images" and not len(memory):
             empty = ReplayMemory.empty(tuple(inputs.shape[1:]), memory.num_classes, inputs.dtype)
             memory = replace(empty, seen=memory.seen)
@@ -139,7 +144,7 @@ def remember(
         update=update,
         features=features,
     )
-    if logits is not None:
+    if logits is not None and is_trained:
         fresh = memory.updates == update
         memory.logits[fresh] = in_chunks(
             lambda x: model.trained_logits(_on(model, _full(x)), start=stage).cpu(),

@@ -169,7 +169,12 @@ def _unlikely_where_unknown(stored_NK: Tensor) -> Tensor:
 def class_means_after(
     parent: Learner, model: Classifier, inputs: Inputs, labels: Tensor, config: LearningConfig
 ) -> Tensor:
-    """Return the parent's class means, followed by those of the classes that are new."""
+    """Return the parent's class means, followed by those of the classes that are new.
+
+    None at all if the parent kept none: old classes would seem to lie at zero.
+    """
+    if not parent.class_means.shape[1]:
+        return torch.zeros(model.num_classes, 0)
     means_CD = class_means(model, inputs, labels, model.num_classes, config)
     old = parent.class_means
     if means_CD.shape[1] == old.shape[1]:

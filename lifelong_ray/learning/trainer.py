@@ -39,7 +39,7 @@ Clock = Callable[[], float]
 _BETA_2 = 0.999
 _FIRST_STEPS_CHECKED = 3
 _SQUARED = "squared gradient"
-_CHECK_EVERY = 10
+_CHECK_EVERY = 50
 _NUM_SETTLING = 1_024
 _PROGRESS = "progress"
 
@@ -288,6 +288,12 @@ class _Loop:
                 group.world_size,
                 config.num_shards,
             )
+        if self._takes_whole_shards and config.max_examples_at_once:
+            logger.warning(
+                "max_examples_at_once is %d, but batch normalisation takes the statistics of a "
+                "whole shard; raise num_shards for fewer examples at once",
+                config.max_examples_at_once,
+            )
         self._places: dict[int, Tensor] = {}
         self._most_at_once = config.max_examples_at_once or config.batch_size**2
         self._named = {name: w for name, w in model.named_parameters() if w.requires_grad}
@@ -332,8 +338,9 @@ class _Loop:
         names = ["labels", *(term.name for term in self._example_terms)]
         values = dict(zip(names, losses.tolist(), strict=True))
         if step < _FIRST_STEPS_CHECKED or step % self._steps_per_epoch % _CHECK_EVERY == 0:
-            for term in self._weight_terms:
-                values[term.name] = term.weight * float(term.loss(self._named).detach())
+            with torch.no_grad():
+                for term in self._weight_terms:
+                    values[term.name] = term.weight * float(term.loss(self._named))
             # AdamW squares the gradients: where that overflows, its steps become zero and the
             # loss stays finite.
             values[_SQUARED] = float(
@@ -394,10 +401,14 @@ class _Loop:
         drawn = generator_for(self._seed, "layers", step, self._group.rank)
         torch.manual_seed(int(torch.randint(2**62, (), generator=drawn)))
 
+    @property
+    def _takes_whole_shards(self) -> bool:
+        """Whether statistics are learned, of a shard each: the same on any number of workers."""
+        return self._model.learns_statistics and self._model.has_batch_statistics
+
     def _pieces(self, mine: Tensor) -> Sequence[Tensor]:
         """This worker's places of a batch, in pieces that are run through one by one."""
-        if self._model.learns_statistics and self._model.has_batch_statistics:
-            # Statistics of a shard, so that the number of workers does not matter.
+        if self._takes_whole_shards:
             shard = mine % self._config.num_shards
             return [mine[shard == index] for index in shard.unique().tolist()]
         return mine.split(self._most_at_once) if len(mine) else []
@@ -407,8 +418,13 @@ class _Loop:
         if not _ran_out_of_memory(error):
             raise error
         smaller = min(self._most_at_once, num_mine) // 2
-        crosses = self._model.learns_statistics and self._model.has_batch_statistics
-        if not smaller or crosses:
+        if self._takes_whole_shards:
+            raise LearningError(
+                f"there is not enough memory for a shard of a batch of {num_mine} examples, whose "
+                "statistics batch normalisation takes as a whole; raise num_shards, or choose a "
+                "smaller batch_size or model"
+            ) from error
+        if not smaller:
             raise LearningError(
                 f"there is not enough memory for a batch of {num_mine} examples in pieces of "
                 f"{min(self._most_at_once, num_mine)}; choose a smaller batch_size or model"
@@ -464,7 +480,7 @@ class _Loop:
 
     def _settle(self) -> None:
         """Give batch normalisation the statistics of fixed examples, whatever the batches were."""
-        if not (self._model.learns_statistics and self._model.has_batch_statistics):
+        if not self._takes_whole_shards:
             return
         generator = generator_for(self._seed, "settling")
         chosen = torch.randperm(len(self._data.inputs), generator=generator)[:_NUM_SETTLING]

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lifelong_ray.config import AnalyticConfig, LearningConfig, ModelConfig
+from lifelong_ray.config import AnalyticConfig, LearningConfig, ModelConfig, UpdateConfig
 from lifelong_ray.learning.analytic import AnalyticSums, history_after
 from lifelong_ray.learning.collective import Collective
 from lifelong_ray.learning.evaluate import accuracy, clearly_better, fit_temperature
-from lifelong_ray.learning.model import Classifier, Head, Seen, Source
+from lifelong_ray.learning.model import Classifier, Head, Seen, Source, rows_at_once, with_rows
 from lifelong_ray.learning.modes import choose_sharpness, class_scores
 from lifelong_ray.learning.widening import RandomFeatures
 from lifelong_ray.types import LearningError
@@ -31,6 +32,11 @@ _ALIKE = 0.3
 # Of the analytic head beside the trained one. First the one that disturbs it least: on CIFAR-10
 # it was never worse than the analytic head alone, and up to half a point better.
 _MIX = (32.0, 16.0, 8.0, 4.0, 2.0)
+NO_MIRROR = (
+    "the analytic sums of this family are over mirror images too, which features kept or made up "
+    "in place of images cannot give; keep images (learning.update.replay.content, "
+    "pseudo_features 0), or set learning.analytic.mirror to false for the base training"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +75,7 @@ class Inputs:
         if self.turned is not None:
             return Inputs(self.turned, self.start, pixels, self.tensor)
         if pixels is None:
-            raise LearningError(
-                "the analytic sums of this family are over mirror images too, which activations "
-                "kept or made up in place of images cannot give; keep images, or set "
-                "learning.analytic.mirror to false for the base training"
-            )
+            raise LearningError(NO_MIRROR)
         return Inputs(pixels)
 
 
@@ -90,8 +92,7 @@ def source_for(model: ModelConfig, learning: LearningConfig) -> Source:
             f"analytic.source is stages, but what the stages of {model.name} give cannot be "
             "pooled alike; use features, or pixels"
         )
-    # Features that stand in for images have no pixels to look at.
-    imageless = bool(update.pseudo_features) or update.replay.content == "features"
+    imageless = replays_no_images(update)
     if imageless and config.source in ("pixels", "stages") and config.num_features:
         raise LearningError(
             f"analytic.source is {config.source}, which features kept or made up in place of "
@@ -102,6 +103,25 @@ def source_for(model: ModelConfig, learning: LearningConfig) -> Source:
     # A network of dense layers keeps little of what its first classes did not need; its
     # pixels are few enough to be looked at themselves.
     return "pixels" if model.name == "mlp" and not imageless else "features"
+
+
+def mirror_for(learning: LearningConfig) -> bool | Literal["auto"]:
+    """Return whether the sums of a new family are over mirror images too.
+
+    Raises:
+        LearningError: If they are to be, and what will be replayed has no mirror images.
+    """
+    wanted, update = learning.analytic.mirror, learning.update
+    if not learning.analytic.num_features or not replays_no_images(update):
+        return wanted
+    if wanted is True:
+        raise LearningError(NO_MIRROR)
+    return False
+
+
+def replays_no_images(update: UpdateConfig) -> bool:
+    """Whether features stand in for old images, which have no pixels and no mirror images."""
+    return bool(update.pseudo_features) or update.replay.content == "features"
 
 
 @torch.no_grad()
@@ -190,6 +210,11 @@ def take_sums(
     return total
 
 
+def num_views(model: Classifier) -> int:
+    """How many looks at an image its analytic sums are over: at the image, and at its mirror."""
+    return 2 if model.analytic.mirrored else 1
+
+
 @torch.no_grad()
 def random_features(model: Classifier, inputs: Inputs, *, mirrored: bool = False) -> Tensor:
     """Return the analytic head's random features (N, M) as int8, on the CPU.
@@ -199,15 +224,12 @@ def random_features(model: Classifier, inputs: Inputs, *, mirrored: bool = False
         inputs: Examples.
         mirrored: Of their mirror images instead.
     """
-    pieces = (inputs[i : i + _ROWS] for i in range(0, len(inputs), _ROWS))
-    return torch.cat(
-        [
-            model.analytic.widening.integers(
-                _wide_inputs(model, piece.mirrored() if mirrored else piece)
-            ).cpu()
-            for piece in pieces
-        ]
-    )
+    features = []
+    for first in range(0, len(inputs), _ROWS):
+        piece = inputs[first : first + _ROWS]
+        wide_NW = _wide_inputs(model, piece.mirrored() if mirrored else piece)
+        features.append(model.analytic.widening.integers(wide_NW).cpu())
+    return torch.cat(features)
 
 
 @torch.no_grad()
@@ -230,25 +252,39 @@ def answers_and_random_features(model: Classifier, inputs: Inputs) -> tuple[Tens
 def _seen_by_pieces(model: Classifier, inputs: Inputs) -> Iterator[Seen]:
     """What both heads look at, on the model's device, a bounded number of inputs at once."""
     for first in range(0, len(inputs), _ROWS):
-        piece = inputs[first : first + _ROWS]
-        tensor, pixels = _placed(model, piece)
-        yield model.see(tensor, start=piece.start, pixels=pixels)
+        seen = [
+            Seen(one.features[:count], one.wide[:count])
+            for tensor, pixels, count in _placed(model, inputs[first : first + _ROWS])
+            for one in [model.see(tensor, start=inputs.start, pixels=pixels)]
+        ]
+        yield Seen(torch.cat([one.features for one in seen]), torch.cat([one.wide for one in seen]))
 
 
 def _wide_inputs(model: Classifier, piece: Inputs) -> Tensor:
-    tensor, pixels = _placed(model, piece)
-    return model.wide_inputs(tensor, start=piece.start, pixels=pixels)
+    parts = [
+        model.wide_inputs(tensor, start=piece.start, pixels=pixels)[:count]
+        for tensor, pixels, count in _placed(model, piece)
+    ]
+    return torch.cat(parts)
 
 
-def _placed(model: Classifier, piece: Inputs) -> tuple[Tensor, Tensor | None]:
-    """Inputs and pixels on the model's device, laid out as convolutions like them."""
-    pixels = None if piece.pixels is None else piece.pixels.to(model.device)
-    tensor = piece.tensor.to(model.device)
-    if tensor.dtype == torch.float16:
-        tensor = tensor.float()
-    if tensor.dim() == 4:
-        tensor = tensor.contiguous(memory_format=torch.channels_last)
-    return tensor, pixels
+def _placed(model: Classifier, piece: Inputs) -> Iterator[tuple[Tensor, Tensor | None, int]]:
+    """Inputs and pixels on the model's device, laid out as convolutions like them.
+
+    In batches of one size, filled up with rows of zeros, and how many of the rows count.
+    """
+    rows = rows_at_once(model.device)
+    for first in range(0, len(piece), rows):
+        batch = piece[first : first + rows]
+        pixels = None
+        if batch.pixels is not None:
+            pixels = with_rows(batch.pixels.to(model.device), rows)
+        tensor = with_rows(batch.tensor.to(model.device), rows)
+        if tensor.dtype == torch.float16:
+            tensor = tensor.float()
+        if tensor.dim() == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        yield tensor, pixels, len(batch)
 
 
 def solve(
@@ -268,8 +304,7 @@ def solve(
     if not model.num_random_features:
         return sums, 0.0
     sums, _ = sums.merged_modes(config.max_modes)
-    views = 2 if model.analytic.mirrored else 1
-    chosen = config.ridge or sums.choose_ridge(ridge or None, views=views)
+    chosen = config.ridge or sums.choose_ridge(ridge or None, views=num_views(model))
     weights_MK = sums.solve(chosen, config.class_balance)
     sums, weights_MK = _alike_put_together(sums, weights_MK)
     model.analytic.set_modes(sums.mode_class, weights_MK, _DEFAULT_SHARPNESS)

@@ -486,6 +486,19 @@ def test_a_live_head_with_more_examples_is_the_head_solved_anew(class_balance):
     assert error < 1e-8
 
 
+def test_rows_of_a_live_head_may_count_as_half_an_example():
+    halves = torch.full((10,), 0.5)
+    sums = AnalyticSums.of(INTEGERS[:30], LABELS[:30], 4)
+    joint = sums.add(INTEGERS[30:40], LABELS[30:40], halves)
+
+    live = LiveHead.of(sums, 1e-3).with_examples(INTEGERS[30:40], LABELS[30:40], weight=0.5)
+
+    ridge = relative(joint, sums.absolute_ridge(1e-3))
+    anew = joint.solve(ridge, dtype=torch.float64)
+    assert (live.solution(torch.float64) - anew).norm() / anew.norm() < 1e-8
+    assert torch.equal(live.counts, joint.counts)
+
+
 def test_a_live_head_gives_examples_back():
     sums = AnalyticSums.of(INTEGERS, LABELS, 4)
     before = LiveHead.of(sums, 1e-3)

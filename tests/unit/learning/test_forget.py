@@ -64,6 +64,19 @@ def test_what_the_base_training_brought_can_be_taken_out_after_updates(parent):
     assert torch.equal(again.class_sums, learner.sums.class_sums)
 
 
+def test_an_update_forgotten_as_a_whole_leaves_the_head_of_before(parent):
+    images, labels = make_images([0, 1, 2, 3] * 3, seed=8)
+    negatives = 255 - images, labels
+    learner = fit_fast(parent, negatives, NAMES[:4], SETTINGS, Run(TickingClock())).learner
+    assert learner.sums.num_modes > parent.sums.num_modes  # They look different, and are kept so.
+
+    without = forget(learner, negatives, 1, SETTINGS.analytic)
+
+    assert_same_head(without, parent)
+    with pytest.raises(LearningError, match="update 1 brought no examples"):
+        forget(without, negatives, 1, SETTINGS.analytic)
+
+
 def test_what_is_forgotten_is_in_no_memory(parent):
     learner = fast(parent, joined(STAYS, GOES))
     remembered = [row for row in range(len(learner.memory)) if learner.memory.updates[row] == 1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lifelong_ray.config import ReplayConfig, UpdateConfig
-from lifelong_ray.learning import Classifier, ReplayMemory, build_model
+from lifelong_ray.learning import Classifier, ReplayMemory, Run, build_model, fit_fast
 from lifelong_ray.learning.memory import (
     empty_memory,
     memory_stage,
@@ -15,7 +15,7 @@ from lifelong_ray.learning.memory import (
 )
 from lifelong_ray.learning.replay import herding_order
 from lifelong_ray.types import LearningError
-from tests.unit.learning.world import MODEL, make_images
+from tests.unit.learning.world import CONFIG, MODEL, TickingClock, make_images
 
 IMAGES, LABELS = make_images([0, 1, 2, 3] * 10, seed=1)
 
@@ -190,3 +190,15 @@ def test_a_memory_that_held_images_does_not_take_features():
         remember(
             memory, fresh_model(), IMAGES, LABELS, settings(content="features"), seed=0, update=1
         )
+
+
+def test_the_fast_path_stores_no_logits_of_a_head_that_it_did_not_train(base, new_examples):
+    replay = CONFIG.update.replay.model_copy(update={"dark_weight": 0.5})
+    config = CONFIG.model_copy(
+        update={"update": CONFIG.update.model_copy(update={"replay": replay})}
+    )
+
+    learner = fit_fast(base.learner, new_examples, "abcdef", config, Run(TickingClock())).learner
+
+    memory = learner.memory
+    assert memory.logits[memory.updates == 1].isnan().all()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lifelong_ray.config import LearningConfig, TrainerConfig
+from lifelong_ray.config import LearningConfig, ReplayConfig, TrainerConfig
 from lifelong_ray.learning import (
     Alone,
     AnalyticSums,
@@ -26,6 +26,7 @@ from lifelong_ray.learning import (
 from lifelong_ray.learning.chance import generator_for
 from lifelong_ray.learning.evaluate import clearly_less
 from lifelong_ray.learning.learner import SETTINGS_FILE
+from lifelong_ray.learning.memory import empty_memory
 from lifelong_ray.learning.wide import Inputs, fit_widening, random_features, take_sums
 from lifelong_ray.types import LearningError
 from tests.unit.learning.world import (
@@ -143,8 +144,34 @@ def test_a_version_says_whether_its_sums_are_mirrored(parent):
 
 
 def test_activations_alone_cannot_be_mirrored_for_the_sums():
-    with pytest.raises(LearningError, match=r"keep images, or set learning\.analytic\.mirror"):
+    with pytest.raises(LearningError, match=r"keep images.* or set learning\.analytic\.mirror"):
         Inputs(torch.zeros(2, 8), start=2).mirrored()
+
+
+FEATURES = ReplayConfig(memory_per_class=6, content="features")
+
+
+def test_sums_over_mirror_images_are_refused_where_features_stand_in_for_images():
+    with pytest.raises(LearningError, match=r"keep images.* or set learning\.analytic\.mirror"):
+        fit_base(OLD, NAMES[:4], MODEL, with_mirror(True, replay=FEATURES), run())
+
+
+def test_auto_does_not_mirror_where_features_stand_in_for_images():
+    settings = with_mirror("auto", replay=FEATURES)
+    turned = OLD[0].flip(-1), OLD[1]
+    parent = fit_base(OLD, NAMES[:4], MODEL, settings, run(), validation=turned).learner
+
+    assert not parent.model.analytic.mirrored
+    assert fit_slow(parent, NEW, NAMES, settings, run()).report.path == "slow"
+
+
+def test_a_mirrored_family_refuses_features_in_place_of_images_before_it_trains(parent):
+    settings = with_mirror(True, replay=FEATURES.model_copy(update={"memory_per_class": 0}))
+    parent = replace(parent, memory=empty_memory(MODEL, 4))
+    never = replace(run(), on_epoch=lambda *_: pytest.fail("it trained"))
+
+    with pytest.raises(LearningError, match=r"keep images"):
+        fit_slow(parent, NEW, NAMES, settings, never)
 
 
 # ---------------------------------------------------------------- auto

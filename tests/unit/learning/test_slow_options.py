@@ -424,6 +424,14 @@ def test_pseudo_features_need_the_parents_means(base):
         slow(base.learner, ONLY_NEW, without_memory(20))
 
 
+def test_means_of_old_classes_are_not_made_up_where_the_parent_kept_none(base, new_examples):
+    config = with_update(pseudo_features=4, frozen_stages=len(base.learner.model.stages))
+
+    learner = fit_fast(base.learner, new_examples, "abcdef", config, Run(TickingClock())).learner
+
+    assert learner.class_means.shape == (6, 0)
+
+
 def test_labels_that_compete_within_their_update_leave_the_old_rows_alone(base):
     config = with_update(
         labels_compete="update",

@@ -131,6 +131,7 @@ def test_a_rest_is_no_matter_where_the_fast_way_is_good_enough(base, new_example
     update = updated(parent, new_examples, with_update(good_enough_accuracy=0.9))
 
     assert "suffice" in update.reason
+    assert (update.chosen.learner.slow_losses, update.chosen.learner.slow_rest) == (2, 2)
 
 
 def test_a_slow_way_that_is_clearly_better_is_chosen_and_clears_the_record(base):
@@ -159,40 +160,56 @@ def test_a_slow_way_that_is_clearly_better_is_chosen_and_clears_the_record(base)
     assert update.chosen.learner.slow_rest == 0
 
 
+def with_others_right(fit: Fit, gained: int, lost: int) -> Fit:
+    """The same fit, had it got so many more and so many fewer examples right."""
+    assert fit.right is not None
+    right = fit.right.clone()
+    right[(~fit.right).nonzero()[:gained, 0]] = True
+    right[fit.right.nonzero()[:lost, 0]] = False
+    return replace(fit, right=right)
+
+
 @pytest.mark.parametrize(
-    ("sums_exact", "expected"),
-    [(True, "slow"), (False, "fast")],
-    ids=["whose sums stay exact is chosen", "that loses sums is not"],
+    ("memory_share", "gained", "lost", "expected"),
+    [(0, 1, 0, "fast"), (1, 1, 0, "slow"), (1, 1, 1, "fast"), (1, 0, 1, "fast")],
+    ids=[
+        "that loses sums must be clearly better",
+        "whose sums are of all examples must be better",
+        "and not just as good",
+        "let alone worse",
+    ],
 )
-def test_a_slow_way_better_by_one_example(
-    base, new_examples, out_of_reach, monkeypatch, sums_exact, expected
+def test_a_slow_way_that_is_better_by_little(
+    new_examples, out_of_reach, monkeypatch, memory_share, gained, lost, expected
 ):
-    fast = updated(base.learner, new_examples, NEVER_ENOUGH, out_of_reach).fits["fast"]
-    assert fast.right is not None
-    one_more = fast.right.clone()
-    one_more[int((~fast.right).nonzero()[0])] = True
-    slow = Fit(replace(fast.learner, sums_exact=sums_exact), fast.report, one_more)
+    config = with_update(
+        good_enough_accuracy=1.0,
+        replay=CONFIG.update.replay.model_copy(update={"memory_share": memory_share}),
+    )
+    examples = make_images([0, 1, 2, 3] * 12, seed=1)
+    parent = fit_base(examples, "abcd", MODEL, config, Run(TickingClock())).learner
+    fast = updated(parent, new_examples, config, out_of_reach).fits["fast"]
+    slow = with_others_right(fast, gained, lost)
     monkeypatch.setattr("lifelong_ray.learning.update.fit_slow", lambda *_, **__: slow)
 
-    update = updated(base.learner, new_examples, NEVER_ENOUGH, out_of_reach)
-
-    assert update.best == expected
+    assert updated(parent, new_examples, config, out_of_reach).best == expected
 
 
-@pytest.mark.parametrize(("num_lost", "expected"), [(1, "slow"), (4, "fast")])
-def test_a_slow_way_that_loses_no_sums_is_left_only_if_clearly_worse(
-    base, new_examples, out_of_reach, monkeypatch, num_lost, expected
+def test_a_branch_that_is_no_better_is_not_kept_though_nothing_is_left_out_of_the_sums(
+    new_examples, out_of_reach, monkeypatch
 ):
-    fast = updated(base.learner, new_examples, NEVER_ENOUGH, out_of_reach).fits["fast"]
-    assert fast.right is not None
-    fewer = fast.right.clone()
-    fewer[fast.right.nonzero()[:num_lost, 0]] = False
-    slow = Fit(replace(fast.learner, sums_exact=True), fast.report, fewer)
-    monkeypatch.setattr("lifelong_ray.learning.update.fit_slow", lambda *_, **__: slow)
+    config = with_update(
+        good_enough_accuracy=1.0,
+        expansion="auto",
+        replay=CONFIG.update.replay.model_copy(update={"memory_share": 1}),
+    )
+    examples = make_images([0, 1, 2, 3] * 12, seed=1)
+    parent = fit_base(examples, "abcd", MODEL, config, Run(TickingClock())).learner
+    fast = updated(parent, new_examples, config, out_of_reach).fits["fast"]
+    better = with_others_right(fast, 1, 0)
+    monkeypatch.setattr("lifelong_ray.learning.update.fit_slow", lambda *_, **__: better)
 
-    update = updated(base.learner, new_examples, NEVER_ENOUGH, out_of_reach)
-
-    assert update.best == expected
+    assert updated(parent, new_examples, config, out_of_reach).best == "slow"
 
 
 def test_what_a_fit_got_right_is_what_its_learner_answers(base, new_examples, out_of_reach):

@@ -234,3 +234,18 @@ def test_sums_of_known_random_features_are_the_sums_of_the_images():
     known = take_sums(model, Inputs(IMAGES), LABELS, room, Alone(), known_NM=known_NM)
 
     assert torch.equal(known.gram, take_sums(model, Inputs(IMAGES), LABELS, room, Alone()).gram)
+
+
+@pytest.mark.parametrize("source", ["features", "stages"])
+def test_an_image_has_the_same_random_features_whatever_it_comes_with(source):
+    large = ModelConfig(widths=(32, 64, 128), image_size=28)
+    images = torch.randint(0, 256, (300, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    images = images.to(torch.uint8)
+    model = build_model(large, 4, seed=0, num_random_features=200, source=source).eval()
+    fit_widening(model, Inputs(images), 0, generator_for(0, "widening"))
+    together = random_features(model, Inputs(images))
+    passed = model.activations(images[:64].contiguous(memory_format=torch.channels_last), stop=1)
+
+    assert torch.equal(random_features(model, Inputs(images[137:138])), together[137:138])
+    assert torch.equal(random_features(model, Inputs(images[5:290])), together[5:290])
+    assert torch.equal(random_features(model, Inputs(passed, 1)), together[:64])
