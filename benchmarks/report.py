@@ -46,9 +46,11 @@ _UPDATE = """
 
 A version that knows the other classes learns the new ones. `full` trains from nothing on
 everything. `warm_...` goes on training on everything, for an epoch or for as many seconds as the
-share says: the control that any update has to beat. `datafree` keeps no old image. `within old`
-is retention with only the old classes competing: what was forgotten, apart from what became
-confusable. In the picture updates are blue, retraining and controls red.
+share says: the control that any update has to beat. `default_...` takes as many gradient steps as
+that share has room for, and the fast path alone where it has room for none; `kept` is the path
+whose result was taken. `datafree` keeps no old image. `within old` is retention with only the old
+classes competing: what was forgotten, apart from what became confusable. In the picture updates are
+blue, retraining and controls red.
 """
 _FISHER = """## Cost of the Fisher
 
@@ -187,12 +189,15 @@ def _update(path: Path, docs: Path) -> str:
     setup, methods = report["setup"], report["methods"]
     keys = ("seconds_share", "samples_seen", "accuracy", "old_accuracy", "new_accuracy")
     keys += ("retention", "retention_within_old", "points_over_full")
-    rows = [[name, *(figures[key] for key in keys)] for name, figures in methods.items()]
+    rows = [
+        [name, figures.get("kept", "-"), *(figures[key] for key in keys)]
+        for name, figures in methods.items()
+    ]
     picture, shown = f"images/{path.stem}.png", ""
     if any(figures["seconds_share"] is not None for figures in methods.values()):
         _scatter(methods, docs / picture)
         shown = f"\n![accuracy against share of seconds]({picture})\n"
-    columns = ("method", "share of seconds", "samples", "all", "old", "new", "retention")
+    columns = ("method", "kept", "share of seconds", "samples", "all", "old", "new", "retention")
     title = f"{setup['data']}: new classes {setup['new_classes']}"
     if setup.get("shots"):
         title += f", {setup['shots']} examples of each"

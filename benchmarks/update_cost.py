@@ -447,11 +447,12 @@ class _Seed:
         steps = int(_TRIAL_STEPS[0] + (budget_s - few) / per_step_s)
         if steps < _FEWEST_STEPS:
             learning = _with_update(self._learning, paths="fast")
-            return self._updated(
+            figures = self._updated(
                 lambda learner: fit_update(
                     learner, self._new, self._names, learning, self._run, validation=self._held
                 )
             )
+            return figures | {"reason": "the budget has no room for gradients: fast alone"}
         return self._with_steps(steps)
 
     def _with_steps(
@@ -472,8 +473,12 @@ class _Seed:
         seconds = self._run.clock() - began_s
         samples = sum(fit.report.samples_seen for fit in result.fits.values())
         figures = self._figures(result.chosen.learner.logits, seconds, samples)
-        choices = result.chosen.report.choices
-        return figures | {"chosen": result.best, "reason": result.reason, "choices": choices}
+        return figures | {
+            "chosen": result.best,
+            "reason": result.reason,
+            "choices": result.chosen.report.choices,
+            "mirrored_sums": result.chosen.learner.model.analytic.mirrored,
+        }
 
     def _figures(
         self, answer: Callable[[torch.Tensor], torch.Tensor], seconds: float, samples: int
@@ -569,20 +574,22 @@ def _summary(runs: dict[str, list[dict[str, Any]]], name: str) -> dict[str, Any]
         for mine, full in zip(figures, runs.get("full", ()), strict="full" in runs)
     ]
     shares = [run.get("throughput", {}).get("share_of_peak") for run in figures]
+    kept = [run["chosen"] for run in figures if "chosen" in run]
     by_class = zip(*(run["per_class_accuracy"] for run in figures), strict=True)
     return {
         **{key: mean_and_std([run[key] for run in figures])[0] for key in keys},
         "per_class_accuracy": [mean_and_std(column)[0] for column in by_class],
         "share_of_peak": mean_and_std(shares)[0],
         "accuracy_std": mean_and_std([run["accuracy"] for run in figures])[1],
+        "kept": ", ".join(dict.fromkeys(kept)) or "-",
         "points_over_full": mean_and_std(gaps)[0],
         "runs": figures,
     }
 
 
 def _table(methods: dict[str, Any]) -> str:
-    keys = ("seconds", "seconds_share", "samples_seen", *_KEYS, "points_over_full")
-    titles = ("method", "seconds", "share", "samples", "all", "old", "new", "retention")
+    keys = ("kept", "seconds", "seconds_share", "samples_seen", *_KEYS, "points_over_full")
+    titles = ("method", "kept", "seconds", "share", "samples", "all", "old", "new", "retention")
     rows = [[name, *(figures[key] for key in keys)] for name, figures in methods.items()]
     return table([*titles, "within old", "points over full"], rows)
 

@@ -108,7 +108,7 @@ def test_listed_settings_run_in_every_combination_and_without_full(
         "slow share 0.5 tau 1",
     ]
     assert methods["slow share 0.5 tau 1"]["points_over_full"] is None
-    assert "| slow share 0.5 tau 1 | - |" in (tmp_path / "benchmarks.md").read_text()
+    assert "| slow share 0.5 tau 1 | slow | - |" in (tmp_path / "benchmarks.md").read_text()
 
 
 def test_a_combination_sets_both_values_and_one_needs_no_name() -> None:
