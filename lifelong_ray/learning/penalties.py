@@ -137,13 +137,16 @@ class EwcPenalty:
         for index in self._grown:
             rows = len(self._pulls[index])
             now[index], gradients[index] = now[index][:rows], gradients[index][:rows]
-        # On a processor weight by weight, so that the second pass finds the gradient in the cache;
-        # elsewhere as few calls as there can be.
-        alone = not gradients or gradients[0].device.type == "cpu"
-        places = [slice(i, i + 1) for i in range(len(gradients))] if alone else [slice(None)]
-        for place in places:
-            torch._foreach_addcmul_(gradients[place], now[place], self._fishers[place], value=scale)
-            torch._foreach_sub_(gradients[place], self._pulls[place])
+        if gradients and gradients[0].device.type != "cpu":
+            torch._foreach_addcmul_(gradients, now, self._fishers, value=scale)
+            torch._foreach_sub_(gradients, self._pulls)
+            return
+        # On a processor the second pass finds the gradient in the cache this way, and a call for
+        # all weights at once would take longer than one for each.
+        for gradient, weight, importance, pull in zip(
+            gradients, now, self._fishers, self._pulls, strict=True
+        ):
+            gradient.addcmul_(weight, importance, value=scale).sub_(pull)
 
     @staticmethod
     def _held(weights: Mapping[str, W], name: str) -> W:
