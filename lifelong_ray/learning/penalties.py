@@ -143,10 +143,10 @@ class EwcPenalty:
             return
         # On a processor the second pass finds the gradient in the cache this way, and a call for
         # all weights at once would take longer than one for each.
-        for gradient, weight, importance, pull in zip(
+        for gradient, value, importance, pull in zip(
             gradients, now, self._fishers, self._pulls, strict=True
         ):
-            gradient.addcmul_(weight, importance, value=scale).sub_(pull)
+            gradient.addcmul_(value, importance, value=scale).sub_(pull)
 
     @staticmethod
     def _held(weights: Mapping[str, W], name: str) -> W:
