@@ -315,7 +315,7 @@ class UpdateConfig(_Branch):
         "frozen features fall short of `good_enough_accuracy` and the slow path too.",
     )
     trainer: TrainerConfig = TrainerConfig(
-        epochs=3, batch_size=32, learning_rate=6e-3, max_shift_px=0
+        epochs=4, batch_size=32, learning_rate=6e-3, max_shift_px=0
     )
     ewc: EwcConfig = EwcConfig()
     distillation: DistillationConfig = DistillationConfig()
