@@ -321,6 +321,24 @@ def test_where_not_one_example_fits_the_error_says_so(narrow):
         trained(model_config=own("that_needs_memory"))
 
 
+def test_a_limit_that_batch_normalisation_does_not_keep_is_warned_of(caplog):
+    model = build_model(BATCH_NORM, 4, seed=0)
+    model.learns_statistics = True
+
+    with caplog.at_level(logging.WARNING):
+        train(
+            model,
+            IMAGES,
+            LABELS,
+            config=with_settings(max_examples_at_once=2),
+            seed=0,
+            clock=TickingClock(),
+        )
+
+    assert "max_examples_at_once is 2" in caplog.text
+    assert "raise num_shards" in caplog.text
+
+
 def test_an_error_that_is_not_about_memory_is_not_swallowed():
     def broken(logits_BC: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("quite another trouble")

@@ -206,8 +206,11 @@ def test_a_branch_that_is_no_better_is_not_kept_though_nothing_is_left_out_of_th
     examples = make_images([0, 1, 2, 3] * 12, seed=1)
     parent = fit_base(examples, "abcd", MODEL, config, Run(TickingClock())).learner
     fast = updated(parent, new_examples, config, out_of_reach).fits["fast"]
-    better = with_others_right(fast, 1, 0)
-    monkeypatch.setattr("lifelong_ray.learning.update.fit_slow", lambda *_, **__: better)
+
+    def better_by_one(*_: object, expand: bool = False, **__: object) -> Fit:
+        return with_others_right(fast, 2 if expand else 1, 0)
+
+    monkeypatch.setattr("lifelong_ray.learning.update.fit_slow", better_by_one)
 
     assert updated(parent, new_examples, config, out_of_reach).best == "slow"
 
@@ -263,6 +266,7 @@ def test_a_parent_without_an_analytic_head_is_updated_the_slow_way(new_examples)
     update = updated(parent, new_examples, config)
 
     assert list(update.fits) == ["slow"]
+    assert update.reason == "there is no analytic head for the fast way: slow alone"
     with pytest.raises(LearningError, match=r"no analytic head.*or take the slow path"):
         updated(parent, new_examples, with_update(paths="fast"))
 
