@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -27,7 +26,6 @@ from lifelong_ray.types import (
     GateRefusedError,
     LifelongError,
     OverloadedError,
-    Pixels,
     RolloutError,
     StorageFullError,
     VersionError,
@@ -128,45 +126,9 @@ async def read_json(request: Request, *, max_bytes: int = 1_000_000) -> dict[str
     return value
 
 
-def tensor_images(inputs: object, *, max_images: int) -> list[Pixels]:
-    """The images of an Open Inference Protocol request: one UINT8 tensor as JSON numbers.
-
-    Raises:
-        RequestError: If it is not one (N, height, width, 1 or 3) tensor of whole numbers.
-    """
-    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
-        raise RequestError(400, "bad_inputs", "inputs must be a list with one tensor")
-    tensor = inputs[0]
-    if tensor.get("datatype") != "UINT8":
-        raise RequestError(
-            400, "bad_datatype", f"datatype is {tensor.get('datatype')!r:.80}; images are UINT8"
-        )
-    shape = tensor.get("shape")
-    try:
-        # As objects first: numpy would turn "5" and 1.7 into integers, and where it may choose
-        # the type itself, one long string among the numbers would make all of them as wide.
-        array = np.asarray(tensor["data"], dtype=object)
-        unfit = set(map(type, array.ravel().tolist())) - {int, float}
-        if unfit:
-            names = ", ".join(sorted(kind.__name__ for kind in unfit))
-            raise RequestError(400, "bad_tensor", f"data holds {names}; UINT8 takes numbers")
-        array = array.astype(np.float64).reshape(shape)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise RequestError(
-            400, "bad_tensor", f"data does not fit shape {shape!r:.80}: {error}"
-        ) from None
-    if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
-        raise RequestError(
-            400, "bad_shape", f"shape {shape!r:.80} is not (N, height, width, 1 or 3)"
-        )
-    if len(array) > max_images:
-        raise RequestError(
-            413, "too_many_images", f"{len(array)} images in one request; at most {max_images}"
-        )
-    pixels = np.clip(np.nan_to_num(array), 0, 255).astype(np.uint8)
-    if (pixels != array).any():
-        raise RequestError(400, "bad_tensor", "UINT8 values are whole numbers from 0 to 255")
-    return list(pixels)
+async def read_body(request: Request, *, max_bytes: int) -> bytes:
+    """Read a body; raises `BadImageError` as soon as it exceeds `max_bytes`."""
+    return await Request(request.scope, _bounded_receive(request, max_bytes)).body()
 
 
 def _bounded_receive(request: Request, max_bytes: int) -> Any:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Header, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -47,9 +47,20 @@ from lifelong_ray.on_ray.http import (
     RequestError,
     describe_error,
     install_error_handlers,
+    read_body,
     read_json,
     read_uploads,
-    tensor_images,
+)
+from lifelong_ray.on_ray.open_inference import (
+    CLASS,
+    EXTENSIONS,
+    HEADER_LENGTH,
+    INPUT,
+    PROBABILITIES,
+    InferAnswer,
+    decompressed,
+    read_request,
+    write_answer,
 )
 from lifelong_ray.on_ray.rollout import RolloutController
 from lifelong_ray.on_ray.schedule import submit_update
@@ -274,7 +285,11 @@ class FrontDeployment:
     @http.get("/v2", tags=["open inference protocol"])
     async def v2(self) -> dict[str, Any]:
         """Server metadata."""
-        return {"name": "lifelong_ray", "version": lifelong_ray.__version__, "extensions": []}
+        return {
+            "name": "lifelong_ray",
+            "version": lifelong_ray.__version__,
+            "extensions": list(EXTENSIONS),
+        }
 
     @http.get("/v2/health/live", tags=["open inference protocol"])
     async def v2_live(self) -> dict[str, bool]:
@@ -297,14 +312,14 @@ class FrontDeployment:
             "name": name,
             "versions": [stable.version],
             "platform": "pytorch",
-            "inputs": [{"name": "image", "datatype": "UINT8", "shape": shape}],
+            "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": shape}],
             "outputs": [
                 {
-                    "name": "probabilities",
+                    "name": PROBABILITIES,
                     "datatype": "FP32",
                     "shape": [-1, len(stable.class_names)],
                 },
-                {"name": "class", "datatype": "BYTES", "shape": [-1]},
+                {"name": CLASS, "datatype": "BYTES", "shape": [-1]},
             ],
         }
 
@@ -317,46 +332,41 @@ class FrontDeployment:
 
     @http.post("/v2/models/{name}/infer", tags=["open inference protocol"])
     @http.post("/v2/models/{name}/versions/{version}/infer", tags=["open inference protocol"])
-    async def v2_infer(
-        self, request: Request, name: str, version: str | None = None
-    ) -> dict[str, Any]:
-        """Classify a UINT8 tensor of shape (N, height, width, channels), as JSON.
+    async def v2_infer(self, request: Request, name: str, version: str | None = None) -> Response:
+        """Classify images: pixels as UINT8 (N, height, width, channels), or encoded as BYTES (N).
 
-        One version answers the whole tensor: the one in the path, or the one assigned.
+        Tensors are JSON or binary. One version answers all of them: the one in the path, or the
+        one assigned.
         """
-        body = await read_json(request, max_bytes=self._config.images.max_bytes)
-        request_id = body.get("id", "")
-        if not isinstance(request_id, str) or not request_id.isascii():
-            raise RequestError(400, "bad_id", "id must be a string of ASCII characters")
-        images = tensor_images(body.get("inputs"), max_images=self._config.serving.max_queue)
+        max_bytes = self._config.images.max_bytes
+        body = decompressed(
+            await read_body(request, max_bytes=max_bytes),
+            request.headers.get("content-encoding", ""),
+            max_bytes=max_bytes,
+        )
+        asked = read_request(
+            body, request.headers.get(HEADER_LENGTH), max_images=self._config.serving.max_queue
+        )
         self._v2_version(name, version)
+        images = await asyncio.gather(*(self._as_pixels(image) for image in asked.images))
         served = await self._front.answer_together(
             images, key=str(uuid7(time.time())), override="never" if version else None
         )
-        probabilities = [s.answer.probabilities for s in served]
-        return {
-            "model_name": name,
-            "model_version": served[0].answer.version,
-            "id": request_id,
-            "parameters": {
+        answer = InferAnswer(
+            model_name=name,
+            version=served[0].answer.version,
+            class_names=[one.answer.class_name for one in served],
+            probabilities=[one.answer.probabilities for one in served],
+            parameters={
                 "variant": served[0].variant,
-                "prediction_ids": ",".join(s.request_id for s in served),
+                "prediction_ids": ",".join(one.request_id for one in served),
             },
-            "outputs": [
-                {
-                    "name": "probabilities",
-                    "datatype": "FP32",
-                    "shape": [len(served), len(probabilities[0])],
-                    "data": [round(p, 6) for row in probabilities for p in row],
-                },
-                {
-                    "name": "class",
-                    "datatype": "BYTES",
-                    "shape": [len(served)],
-                    "data": [s.answer.class_name for s in served],
-                },
-            ],
-        }
+        )
+        content, headers = write_answer(asked, answer)
+        return Response(content, headers=headers)
+
+    async def _as_pixels(self, image: Pixels | bytes) -> Pixels:
+        return await self._front.decode(image, None) if isinstance(image, bytes) else image
 
     def _v2_version(self, name: str, version: str | None) -> WarmVersion:
         if name != self._config.serving.model_name:

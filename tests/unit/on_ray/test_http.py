@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
@@ -17,7 +16,6 @@ from lifelong_ray.on_ray.http import (
     install_error_handlers,
     read_json,
     read_uploads,
-    tensor_images,
 )
 from lifelong_ray.types import (
     BadImageError,
@@ -288,50 +286,3 @@ def test_open_inference_paths_get_that_protocols_shape() -> None:
 
     assert response.status_code == 404
     assert response.json() == {"error": "no such version"}
-
-
-def tensor(data: object, shape: object = (1, 1, 2, 1)) -> list[dict[str, object]]:
-    return [{"name": "image", "datatype": "UINT8", "shape": shape, "data": data}]
-
-
-@pytest.mark.parametrize("data", [[0, 255], [0.0, 255.0], [[[[0], [255]]]]], ids=repr)
-def test_whole_numbers_of_a_tensor_are_taken_flat_or_nested(data: object) -> None:
-    [image] = tensor_images(tensor(data), max_images=1)
-
-    np.testing.assert_array_equal(image, np.array([[[0], [255]]], np.uint8), strict=True)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        [1.7, 2],
-        ["5", 2],
-        ["x" * 100_000, *range(100_000)],
-        [True, 2],
-        [None, 2],
-        [[1], [2, 3]],
-        [256, 2],
-        [-1, 2],
-        [float("nan"), 2],
-        [float("inf"), 2],
-        [10**400, 2],
-        [1, 2, 3],
-        "ab",
-        {"0": 1},
-    ],
-    ids=lambda data: f"{data!r:.20}",
-)
-def test_what_is_no_pixel_is_refused_and_not_cut_down_to_one(data: object) -> None:
-    with pytest.raises(RequestError) as caught:
-        tensor_images(tensor(data), max_images=1)
-
-    assert (caught.value.status, caught.value.code) == (400, "bad_tensor")
-
-
-@pytest.mark.parametrize("shape", [None, [2], [1, 1, 1, 2], "\ud800", [10**30], {}], ids=repr)
-def test_a_shape_that_is_no_batch_of_images_is_refused(shape: object) -> None:
-    with pytest.raises(RequestError) as caught:
-        tensor_images(tensor([1, 2], shape), max_images=1)
-
-    assert caught.value.status == 400
-    assert str(caught.value).isprintable()

@@ -1,0 +1,3 @@
+"""BentoML with its adaptive batching."""
+
+from __future__ import annotations
