@@ -475,6 +475,12 @@ class ServingConfig(_Branch):
     slot_timeout_s: PositiveSeconds = Field(
         2.0, description="A slot slower than this is an error; stable answers instead."
     )
+    cache_bytes: int = Field(
+        16_000_000,
+        ge=0,
+        description="Memory of each front for answers about pixels it has seen, by version; 0 "
+        "keeps none.",
+    )
     shadow_queue: int = Field(64, ge=0, description="Copies waiting for a slot; beyond, dropped.")
     top_k: int = Field(5, gt=0, description="Classes listed in an answer.")
 

@@ -7,6 +7,7 @@ from lifelong_ray.feedback.curation import Curation, curate, is_holdout
 from lifelong_ray.feedback.drift import DriftReport, detect_drift
 from lifelong_ray.feedback.identity import RequestIds, Secrets, load_secrets, pseudonym, uuid7
 from lifelong_ray.feedback.images import (
+    CleanImage,
     content_hash,
     decode_image,
     decode_png,
@@ -26,6 +27,7 @@ from lifelong_ray.feedback.snapshot import (
 )
 
 __all__ = [
+    "CleanImage",
     "Curation",
     "DriftReport",
     "LogStats",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -134,6 +135,24 @@ def _mime_types(formats: tuple[str, ...]) -> tuple[str, ...]:
         )
     found = [Image.MIME.get(name, f"image/{name.lower()}") for name in formats]
     return (*found, *(mime for name in formats for mime in _OTHER_MIME.get(name, ())))
+
+
+@dataclass(frozen=True, eq=False)
+class CleanImage:
+    """Pixels that may be trusted to be pixels, and their name.
+
+    Attributes:
+        pixels: (height, width, 1 or 3), uint8.
+        content_hash: As `content_hash` gives it.
+    """
+
+    pixels: Pixels
+    content_hash: str
+
+    @staticmethod
+    def of(pixels: Pixels) -> CleanImage:
+        """Name some pixels."""
+        return CleanImage(pixels, content_hash(pixels))
 
 
 def content_hash(pixels: Pixels) -> str:

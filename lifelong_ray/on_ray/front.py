@@ -13,7 +13,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -21,14 +21,15 @@ import numpy as np
 
 from lifelong_ray.config import Config
 from lifelong_ray.feedback import (
+    CleanImage,
     LogWriter,
     RequestIds,
     Secrets,
-    content_hash,
     decode_image,
     pseudonym,
     uuid7,
 )
+from lifelong_ray.on_ray.cache import AnswerCache
 from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
 from lifelong_ray.release import (
     Assignment,
@@ -69,13 +70,15 @@ class VersionAnswer:
         version: Who answered.
         class_names: Its classes.
         probabilities: One per class.
-        model_ms: Time inside the model, milliseconds.
+        model_ms: Time inside the model, milliseconds; 0 where it was not asked.
+        cached: Whether it said so earlier, about the same pixels.
     """
 
     version: str
     class_names: tuple[str, ...]
     probabilities: tuple[float, ...]
     model_ms: float
+    cached: bool = False
 
     @property
     def best(self) -> int:
@@ -145,6 +148,7 @@ class Front:
         self._warm = WarmVersions(self.registry, config.serving, now_s=now_s)
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="front")
         self._counters: dict[str, Counter] = {}
+        self._cache: AnswerCache[VersionAnswer] = AnswerCache(config.serving.cache_bytes)
         self._comparing: set[asyncio.Task[None]] = set()
         self._comparing_bytes = 0
         self.dropped_comparisons = 0
@@ -171,16 +175,24 @@ class Front:
         stable = self.document.stable
         return self._warm.get(stable) if stable in self._warm.names else None
 
-    async def decode(self, data: bytes, content_type: str | None) -> Pixels:
-        """Turn bytes into clean pixels, off the event loop.
+    async def decode(self, data: bytes, content_type: str | None) -> CleanImage:
+        """Turn bytes into a clean image, off the event loop.
 
         Raises:
             BadImageError: If they are not an acceptable image.
         """
-        return await self._in_thread(decode_image, data, content_type, self._config.images)
+
+        def decoded() -> CleanImage:
+            return CleanImage.of(decode_image(data, content_type, self._config.images))
+
+        return await self._in_thread(decoded)
+
+    async def named(self, pixels: Pixels) -> CleanImage:
+        """Make a clean image of pixels, off the event loop."""
+        return await self._in_thread(CleanImage.of, pixels)
 
     async def answer(
-        self, pixels: Pixels, *, key: str, override: str | None = None, user: str = ""
+        self, image: CleanImage, *, key: str, override: str | None = None, user: str = ""
     ) -> Served:
         """Answer one image with the version its `key` is assigned to.
 
@@ -188,11 +200,11 @@ class Front:
             NoVersionError: If nothing can answer yet.
             OverloadedError: If too many images are waiting.
         """
-        [served] = await self.answer_together([pixels], key=key, override=override, user=user)
+        [served] = await self.answer_together([image], key=key, override=override, user=user)
         return served
 
     async def answer_together(
-        self, images: Sequence[Pixels], *, key: str, override: str | None = None, user: str = ""
+        self, images: Sequence[CleanImage], *, key: str, override: str | None = None, user: str = ""
     ) -> list[Served]:
         """Answer several images, all with one version; see `answer`."""
         document = self.document  # one document for the whole request, whatever comes meanwhile
@@ -204,8 +216,8 @@ class Front:
         assignment = assign(document, key, override)
         variant, answers = await self._ask_assigned(document, assignment, images)
         return [
-            self._log(document, assignment, variant, answer, pixels, user)
-            for answer, pixels in zip(answers, images, strict=True)
+            self._log(document, assignment, variant, answer, image, user)
+            for answer, image in zip(answers, images, strict=True)
         ]
 
     def _log(
@@ -214,7 +226,7 @@ class Front:
         assignment: Assignment,
         variant: str,
         answer: VersionAnswer,
-        pixels: Pixels,
+        image: CleanImage,
         user: str,
     ) -> Served:
         audit = self._rng.random() < self._config.feedback.audit_share
@@ -224,7 +236,7 @@ class Front:
             Prediction(
                 request_id=request_id,
                 at_s=now_s,
-                content_hash=content_hash(pixels),
+                content_hash=image.content_hash,
                 class_name=answer.class_name,
                 scores=answer.probabilities,
                 class_names=answer.class_names,
@@ -235,14 +247,14 @@ class Front:
                 audit=audit,
                 model_ms=answer.model_ms,
             ),
-            pixels,
+            image.pixels,
         )
         served = Served(request_id, answer, variant, audit)
         rollout = document.rollout
         # Before its first share the candidate may still be loading: no answer of it is no evidence.
         has_capacity = rollout is not None and (rollout.weight > 0 or rollout.shadow > 0)
         if has_capacity and (audit or assignment.shadow):
-            self._compare_later(document, served, pixels)
+            self._compare_later(document, served, image)
         return served
 
     async def record_feedback(self, request_id: str, label: str, user: str) -> None:
@@ -265,21 +277,21 @@ class Front:
         )
         await self._in_thread(self.log.record_feedback, [row], {})
 
-    async def record_example(self, pixels: Pixels, label: str, user: str) -> str:
+    async def record_example(self, image: CleanImage, label: str, user: str) -> str:
         """Record an operator's labelled image; durable when it returns its content hash."""
-        image = content_hash(pixels)
         row = Feedback(
             feedback_id=str(uuid7(self._now_s())),
             at_s=self._now_s(),
             kind="example",
             label=label,
             request_id="",
-            content_hash=image,
+            content_hash=image.content_hash,
             user=pseudonym(self._secrets.signing_key, user) if user else "",
             audit=False,
         )
-        await self._in_thread(self.log.record_feedback, [row], {image: pixels})
-        return image
+        pixels = {image.content_hash: image.pixels}
+        await self._in_thread(self.log.record_feedback, [row], pixels)
+        return image.content_hash
 
     def status(self) -> dict[str, Any]:
         """What this front holds, follows and has seen, for operators."""
@@ -306,45 +318,54 @@ class Front:
     # -- asking versions ---------------------------------------------------------------
 
     async def _ask_assigned(
-        self, document: ReleaseDocument, assignment: Assignment, images: Sequence[Pixels]
+        self, document: ReleaseDocument, assignment: Assignment, images: Sequence[CleanImage]
     ) -> tuple[str, list[VersionAnswer]]:
         if assignment.variant == "candidate":
             candidate = assignment.version
-            asked = (self._ask_candidate(document, candidate, pixels) for pixels in images)
+            asked = (self._ask_candidate(document, candidate, image) for image in images)
             try:
                 return "candidate", await asyncio.gather(*asked)
             except Exception as error:  # noqa: BLE001 - whatever it is, stable answers instead
                 logger.warning("candidate %s did not answer: %r", candidate, error)
         stable = str(document.stable)
-        return "stable", await asyncio.gather(*(self._ask_held(stable, p) for p in images))
+        return "stable", await asyncio.gather(*(self._ask_held(stable, image) for image in images))
 
-    async def _ask_held(self, version: str, pixels: Pixels) -> VersionAnswer:
+    async def _ask_held(self, version: str, image: CleanImage) -> VersionAnswer:
         warm = self._warm.get(version)
 
         async def ask() -> VersionAnswer:
-            answer = await warm.answer(pixels)
-            probabilities = tuple(float(p) for p in answer.probabilities)
+            answer = await warm.answer(image.pixels)
+            probabilities = tuple(answer.probabilities.tolist())
             return VersionAnswer(version, warm.class_names, probabilities, answer.model_ms)
 
-        return await self._counted(version, ask())
+        return await self._counted(version, image, ask)
 
     async def _ask_candidate(
-        self, document: ReleaseDocument, version: str, pixels: Pixels
+        self, document: ReleaseDocument, version: str, image: CleanImage
     ) -> VersionAnswer:
         in_process = (
             document.rollout is not None
             and document.rollout.weight > self._config.rollout.slot_max_weight
         )
         if in_process and version in self._warm.names:
-            return await self._ask_held(version, pixels)
-        slot = asyncio.wait_for(
-            self._slot.ask(version, pixels), self._config.serving.slot_timeout_s
-        )
-        return await self._counted(version, slot)
+            return await self._ask_held(version, image)
 
-    async def _counted(self, version: str, asked: Awaitable[VersionAnswer]) -> VersionAnswer:
+        async def ask() -> VersionAnswer:
+            timeout_s = self._config.serving.slot_timeout_s
+            return await asyncio.wait_for(self._slot.ask(version, image.pixels), timeout_s)
+
+        return await self._counted(version, image, ask)
+
+    async def _counted(
+        self, version: str, image: CleanImage, ask: Callable[[], Awaitable[VersionAnswer]]
+    ) -> VersionAnswer:
+        """What the version says, or said about the same pixels; counted either way."""
+        known = self._cache.get(version, image.content_hash)
+        if known is not None:
+            self._counters[version] = self._counters.get(version, Counter()).answered_as_before()
+            return known
         try:
-            answer = await asked
+            answer = await ask()
         except OverloadedError:
             raise  # says how much traffic there is, nothing about the version
         except Exception:
@@ -352,12 +373,15 @@ class Front:
             raise
         counter = self._counters.get(version, Counter())
         self._counters[version] = counter.answered(answer.model_ms)
+        remembered = replace(answer, model_ms=0.0, cached=True)
+        num_values = len(answer.probabilities)
+        self._cache.put(version, image.content_hash, remembered, num_values=num_values)
         return answer
 
     # -- comparing, after the answer ---------------------------------------------------
 
-    def _compare_later(self, document: ReleaseDocument, served: Served, pixels: Pixels) -> None:
-        bytes_then = self._comparing_bytes + pixels.nbytes
+    def _compare_later(self, document: ReleaseDocument, served: Served, image: CleanImage) -> None:
+        bytes_then = self._comparing_bytes + image.pixels.nbytes
         if (
             len(self._comparing) >= self._config.serving.shadow_queue
             or bytes_then > self._config.feedback.max_queue_bytes
@@ -365,24 +389,24 @@ class Front:
             self.dropped_comparisons += 1
             return
         self._comparing_bytes = bytes_then
-        task = asyncio.create_task(self._compare(document, served, pixels))
+        task = asyncio.create_task(self._compare(document, served, image))
         self._comparing.add(task)
 
         def done(task: asyncio.Task[None]) -> None:
             self._comparing.discard(task)
-            self._comparing_bytes -= pixels.nbytes
+            self._comparing_bytes -= image.pixels.nbytes
 
         task.add_done_callback(done)
 
-    async def _compare(self, document: ReleaseDocument, served: Served, pixels: Pixels) -> None:
+    async def _compare(self, document: ReleaseDocument, served: Served, image: CleanImage) -> None:
         rollout = document.rollout
         assert rollout is not None
         stable, candidate = served.answer, None
         try:
             if served.variant == "candidate":
-                stable, candidate = await self._ask_held(str(document.stable), pixels), stable
+                stable, candidate = await self._ask_held(str(document.stable), image), stable
             else:
-                candidate = await self._ask_candidate(document, rollout.candidate, pixels)
+                candidate = await self._ask_candidate(document, rollout.candidate, image)
         except Exception as error:  # noqa: BLE001 - a comparison may never hurt the front
             if served.variant == "candidate" or isinstance(error, OverloadedError):
                 self.dropped_comparisons += 1

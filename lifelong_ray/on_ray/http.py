@@ -5,11 +5,12 @@ Knows status codes and wire formats. Does not know models, versions or the log.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -32,6 +33,8 @@ from lifelong_ray.types import (
 )
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _STATUS_AND_CODE: tuple[tuple[type[LifelongError], int, str], ...] = (
     (BadRequestIdError, 404, "unknown_request_id"),
@@ -124,6 +127,23 @@ async def read_json(request: Request, *, max_bytes: int = 1_000_000) -> dict[str
             400, "not_json", f"the body is a JSON {type(value).__name__}, not an object"
         )
     return value
+
+
+async def within(timeout_ms: float | None, asked: Awaitable[T]) -> T:
+    """Wait for an answer as long as the client does; what it would cost later is not spent.
+
+    Raises:
+        RequestError: If it is not there in time.
+    """
+    if timeout_ms is None:
+        return await asked
+    try:
+        return await asyncio.wait_for(asked, timeout_ms / 1_000)
+    except TimeoutError:
+        # Not 504, of which HAProxy makes a 500 of its own.
+        raise RequestError(
+            408, "deadline_exceeded", f"no answer within x-timeout-ms of {timeout_ms:g}"
+        ) from None
 
 
 async def read_body(request: Request, *, max_bytes: int) -> bytes:

@@ -28,6 +28,7 @@ from ray.serve.handle import DeploymentHandle
 import lifelong_ray
 from lifelong_ray.config import AutoscalingConfig, Config, StepConfig, config_from
 from lifelong_ray.feedback import (
+    CleanImage,
     LogTail,
     detect_drift,
     load_secrets,
@@ -50,6 +51,7 @@ from lifelong_ray.on_ray.http import (
     read_body,
     read_json,
     read_uploads,
+    within,
 )
 from lifelong_ray.on_ray.open_inference import (
     CLASS,
@@ -180,15 +182,18 @@ class FrontDeployment:
         request: Request,
         x_session_id: Annotated[str | None, Header()] = None,
         x_canary: Annotated[str | None, Header()] = None,
+        x_timeout_ms: Annotated[float | None, Header(gt=0)] = None,
     ) -> JSONResponse:
         """Classify one image: a raw ``image/*`` body or the multipart field ``image``."""
         form = await read_uploads(request, field="image", max_bytes=self._config.images.max_bytes)
         upload = form.images[0]
-        served = await self._answer(upload.data, upload.content_type, x_session_id, x_canary)
+        asked = self._answer(upload.data, upload.content_type, x_session_id, x_canary)
+        served = await within(x_timeout_ms, asked)
         headers = {
             "x-prediction-id": served.request_id,
             "x-model-version": served.answer.version,
             "x-variant": served.variant,
+            "x-cache": "hit" if served.answer.cached else "miss",
         }
         return JSONResponse(self._as_json(served), headers=headers)
 
@@ -198,6 +203,7 @@ class FrontDeployment:
         request: Request,
         x_session_id: Annotated[str | None, Header()] = None,
         x_canary: Annotated[str | None, Header()] = None,
+        x_timeout_ms: Annotated[float | None, Header(gt=0)] = None,
     ) -> JSONResponse:
         """Classify several multipart ``images``; a bad one gets its own error entry."""
         form = await read_uploads(request, field="images", max_bytes=self._config.images.max_bytes)
@@ -209,16 +215,17 @@ class FrontDeployment:
                 _, code, message = describe_error(error)
                 return {"error": {"code": code, "message": message, "request_id": ""}}
 
-        answers = await asyncio.gather(*(one(u.data, u.content_type) for u in form.images))
+        asked = asyncio.gather(*(one(u.data, u.content_type) for u in form.images))
+        answers = await within(x_timeout_ms, asked)
         return JSONResponse({"predictions": list(answers)})
 
     async def _answer(
         self, data: bytes, content_type: str | None, session: str | None, canary: str | None
     ) -> Served:
         try:
-            pixels = await self._front.decode(data, content_type)
+            image = await self._front.decode(data, content_type)
             served = await self._front.answer(
-                pixels, key=session or str(uuid7(time.time())), override=canary, user=session or ""
+                image, key=session or str(uuid7(time.time())), override=canary, user=session or ""
             )
         except NoVersionError as error:
             raise RequestError(503, "no_version", str(error)) from None
@@ -262,9 +269,9 @@ class FrontDeployment:
         self._require_operator(authorization)
         form = await read_uploads(request, field="image", max_bytes=self._config.images.max_bytes)
         name = self._label(label if label is not None else form.fields.get("label"))
-        pixels = await self._front.decode(form.images[0].data, form.images[0].content_type)
-        image = await self._front.record_example(pixels, name, "operator")
-        return {"status": "recorded", "content_hash": image}
+        image = await self._front.decode(form.images[0].data, form.images[0].content_type)
+        content_hash = await self._front.record_example(image, name, "operator")
+        return {"status": "recorded", "content_hash": content_hash}
 
     @staticmethod
     def _label(value: object) -> str:
@@ -348,7 +355,7 @@ class FrontDeployment:
             body, request.headers.get(HEADER_LENGTH), max_images=self._config.serving.max_queue
         )
         self._v2_version(name, version)
-        images = await asyncio.gather(*(self._as_pixels(image) for image in asked.images))
+        images = await asyncio.gather(*(self._clean(image) for image in asked.images))
         served = await self._front.answer_together(
             images, key=str(uuid7(time.time())), override="never" if version else None
         )
@@ -365,8 +372,10 @@ class FrontDeployment:
         content, headers = write_answer(asked, answer)
         return Response(content, headers=headers)
 
-    async def _as_pixels(self, image: Pixels | bytes) -> Pixels:
-        return await self._front.decode(image, None) if isinstance(image, bytes) else image
+    async def _clean(self, image: Pixels | bytes) -> CleanImage:
+        if isinstance(image, bytes):
+            return await self._front.decode(image, None)
+        return await self._front.named(image)
 
     def _v2_version(self, name: str, version: str | None) -> WarmVersion:
         if name != self._config.serving.model_name:

@@ -37,6 +37,10 @@ class Counter:
         counts[bisect_left(LATENCY_BOUNDS_MS, model_ms)] += 1
         return Counter(self.requests + 1, self.errors, tuple(counts))
 
+    def answered_as_before(self) -> Counter:
+        """Return the counts with one more answer, which the model was not asked for again."""
+        return Counter(self.requests + 1, self.errors, self.latency_counts)
+
     def failed(self) -> Counter:
         """Return the counts with one more request that got no answer.
 

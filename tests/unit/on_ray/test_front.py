@@ -18,6 +18,7 @@ import pytest
 
 from lifelong_ray.config import Config
 from lifelong_ray.feedback import (
+    CleanImage,
     RequestIds,
     Secrets,
     decode_image,
@@ -82,7 +83,7 @@ class Scene:
         await until(lambda: set(versions) <= set(self.book.last.warm_versions))
 
     async def answer(self, name: str = "top", key: str = "anybody", **options: Any) -> Any:
-        return await self.front.answer(IMAGES[name], key=key, **options)
+        return await self.front.answer(CleanImage.of(IMAGES[name]), key=key, **options)
 
     async def logged(self, num_comparisons: int) -> Any:
         """The comparisons, once that many are durable."""
@@ -227,11 +228,13 @@ def test_several_images_of_one_request_get_one_version(store: MemoryStore) -> No
 
     async def play(scene: Scene) -> None:
         await scene.change(rollout=rollout_of("v1.1", weight=20))
-        images = [IMAGES[name] for name in CLASSES]
+        images = [CleanImage.of(IMAGES[name]) for name in CLASSES]
         together = await scene.front.answer_together(images, key="x", override="always")
         assert [s.variant for s in together] == ["stable"] * 3
         assert [s.answer.class_name for s in together] == list(CLASSES)
-        [alone] = await scene.front.answer_together([IMAGES["top"]], key="x", override="always")
+        [alone] = await scene.front.answer_together(
+            [CleanImage.of(IMAGES["top"])], key="x", override="always"
+        )
         assert (alone.variant, alone.answer.version) == ("candidate", "v1.1")
 
     run(play, store, slot=FakeSlot(only_the_first))
@@ -678,7 +681,7 @@ def test_an_example_is_in_the_log_with_its_image_when_it_is_acknowledged(
     store: MemoryStore,
 ) -> None:
     async def play(scene: Scene) -> None:
-        image = await scene.front.record_example(IMAGES["low"], "boot", "operator")
+        image = await scene.front.record_example(CleanImage.of(IMAGES["low"]), "boot", "operator")
         snapshot = take_snapshot(store, 0.0)
         row = read_feedback(store, snapshot).rows[-1]
         assert (row.kind, row.label, row.content_hash) == ("example", "boot", image)
@@ -713,10 +716,61 @@ def test_more_images_than_may_wait_are_refused_and_the_rest_answered(store: Memo
 def test_bytes_are_decoded_within_the_configured_limits(store: MemoryStore) -> None:
     async def play(scene: Scene) -> None:
         png = encode_png(IMAGES["low"])
-        pixels = await scene.front.decode(png, "image/png")
-        assert (pixels == decode_image(png, None, settings().images)).all()
+        image = await scene.front.decode(png, "image/png")
+        assert (image.pixels == decode_image(png, None, settings().images)).all()
+        assert image.content_hash == CleanImage.of(image.pixels).content_hash
 
     run(play, store)
+
+
+# -- the cache --------------------------------------------------------------------------------
+
+WITH_CACHE = settings(serving={"cache_bytes": 100_000})
+
+
+def test_the_same_pixels_are_answered_from_memory_and_logged_all_the_same(
+    store: MemoryStore,
+) -> None:
+    async def play(scene: Scene) -> None:
+        first, again = await scene.answer("low"), await scene.answer("low")
+        other = await scene.answer("top")
+
+        assert [one.answer.cached for one in (first, again, other)] == [False, True, False]
+        assert again.answer.probabilities == first.answer.probabilities
+        assert again.request_id != first.request_id
+        assert await scene.counted("v1") == (3, 0)
+        scene.front.log.flush()
+
+    run(play, store, WITH_CACHE)
+    assert len(read_predictions(store, take_snapshot(store, 0.0)).rows) == 3
+
+
+def test_an_answer_is_never_taken_from_another_version(store: MemoryStore) -> None:
+    add_version(store, wrong=True)
+
+    async def play(scene: Scene) -> None:
+        assert (await scene.answer("low")).answer.class_name == "low"
+        await scene.change(stable="v1.1", previous="v1")
+
+        answer = (await scene.answer("low")).answer
+
+        assert (answer.cached, answer.version, answer.class_name) == (False, "v1.1", WRONG["low"])
+        await scene.change(stable="v1", previous="v1.1")
+        answer = (await scene.answer("low")).answer
+        assert (answer.cached, answer.version, answer.class_name) == (True, "v1", "low")
+
+    run(play, store, WITH_CACHE)
+
+
+def test_answers_from_memory_say_nothing_about_the_models_latency(store: MemoryStore) -> None:
+    async def play(scene: Scene) -> None:
+        for _ in range(5):
+            await scene.answer("low")
+        await until(lambda: "v1" in scene.book.last.counters)
+        await until(lambda: scene.book.last.counters["v1"].requests == 5)
+        assert sum(scene.book.last.counters["v1"].latency_counts) == 1
+
+    run(play, store, WITH_CACHE)
 
 
 # -- labels -----------------------------------------------------------------------------------

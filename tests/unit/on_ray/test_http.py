@@ -16,6 +16,7 @@ from lifelong_ray.on_ray.http import (
     install_error_handlers,
     read_json,
     read_uploads,
+    within,
 )
 from lifelong_ray.types import (
     BadImageError,
@@ -286,3 +287,29 @@ def test_open_inference_paths_get_that_protocols_shape() -> None:
 
     assert response.status_code == 404
     assert response.json() == {"error": "no such version"}
+
+
+def test_an_answer_in_time_is_given_and_one_without_a_deadline_is_waited_for() -> None:
+    async def answer() -> str:
+        await asyncio.sleep(0.01)
+        return "answer"
+
+    assert asyncio.run(within(5_000, answer())) == "answer"
+    assert asyncio.run(within(None, answer())) == "answer"
+
+
+def test_work_that_nobody_waits_for_any_more_is_dropped() -> None:
+    dropped = []
+
+    async def answer() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            dropped.append(True)
+            raise
+
+    with pytest.raises(RequestError) as caught:
+        asyncio.run(within(20, answer()))
+
+    assert (caught.value.status, caught.value.code) == (408, "deadline_exceeded")
+    assert dropped

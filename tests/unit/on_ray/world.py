@@ -30,7 +30,7 @@ SMALL: Json = {
         "update": {"ewc": {"num_fisher_examples": 20}},
     },
     "feedback": {"audit_share": 0.0, "flush_interval_s": 0.05, "group_commit_s": 0.001},
-    "serving": {"poll_interval_s": 0.01, "slot_timeout_s": 5.0},
+    "serving": {"poll_interval_s": 0.01, "slot_timeout_s": 5.0, "cache_bytes": 0},
 }
 
 
