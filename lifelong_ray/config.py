@@ -12,12 +12,14 @@ import json
 import math
 import os
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lifelong_ray.conditions import Condition
 from lifelong_ray.types import ConfigError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -390,10 +392,70 @@ class GateConfig(_Branch):
     min_base_accuracy: Share = Field(0.7, description="Least hold-out accuracy of a base version.")
 
 
+Measured = Literal[
+    "accuracy_difference",
+    "accuracy_difference_low",
+    "agreement",
+    "correction_difference",
+    "error_share",
+    "latency_ratio",
+    "p99_ms",
+]
+
+
+class MetricConfig(_Branch):
+    """One metric of an analysis, in Argo Rollouts' words."""
+
+    measure: Measured = Field(
+        description="What is measured: the candidate's accuracy less stable's on audit labels, or "
+        "the lower bound of that; the share of compared requests answered alike; corrections per "
+        "request, less stable's; the share of requests that failed; the 99th percentile inside "
+        "the model, over stable's or in milliseconds."
+    )
+    interval: PositiveSeconds = Field(10.0, description="Seconds from measurement to measurement.")
+    initialDelay: float = Field(  # noqa: N815 - Argo's word
+        0.0, ge=0, description="Seconds before the first one."
+    )
+    count: int = Field(1, gt=0, description="Measurements that are taken.")
+    successCondition: str = Field(  # noqa: N815
+        "", description="When a measurement is good, as in 'result < 0.02'."
+    )
+    failureCondition: str = Field(  # noqa: N815
+        "",
+        description="When it is bad; a measurement that is neither good nor bad decides nothing.",
+    )
+    failureLimit: int = Field(  # noqa: N815
+        0, ge=0, description="Bad measurements that are put up with; more abort the rollout."
+    )
+    inconclusiveLimit: int = Field(  # noqa: N815
+        0, ge=0, description="Undecided ones that are put up with; more pause the rollout."
+    )
+
+    @field_validator("successCondition", "failureCondition")
+    @classmethod
+    def _is_a_condition(cls, text: str) -> str:
+        if text.strip():
+            Condition.parse(text)
+        return text
+
+    @model_validator(mode="after")
+    def _can_decide(self) -> Self:
+        if not (self.successCondition.strip() or self.failureCondition.strip()):
+            raise ValueError(
+                "a metric needs a successCondition or a failureCondition, or it can never decide"
+            )
+        if self.failureLimit >= self.count and self.inconclusiveLimit >= self.count:
+            raise ValueError(
+                f"failureLimit {self.failureLimit} and inconclusiveLimit {self.inconclusiveLimit} "
+                f"are not below count {self.count}, so that every result would be a success"
+            )
+        return self
+
+
 class StepConfig(_Branch):
     """One step of a rollout, in Argo Rollouts' words.
 
-    Exactly one of `shadow`, `setWeight` and `pause` is given.
+    Exactly one of `shadow`, `setWeight`, `pause` and `analysis` is given.
     """
 
     shadow: Share | None = Field(None, description="Share of requests copied to the candidate.")
@@ -401,16 +463,43 @@ class StepConfig(_Branch):
         None, description="Per cent of requests the candidate answers."
     )
     pause: PositiveSeconds | None = Field(None, description="Seconds to wait.")
+    analysis: tuple[MetricConfig, ...] | None = Field(
+        None, description="Metrics that must come to a success before the step may end."
+    )
     min_requests: int = Field(
         50, ge=0, description="Requests the candidate must have seen before the step may end."
     )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        kinds = [k for k in ("shadow", "setWeight", "pause") if getattr(self, k) is not None]
+        known = ("shadow", "setWeight", "pause", "analysis")
+        kinds = [kind for kind in known if getattr(self, kind) is not None]
         if len(kinds) != 1:
-            raise ValueError(f"a step has exactly one of shadow, setWeight, pause; got {kinds}")
+            raise ValueError(f"a step has exactly one of {', '.join(known)}; got {kinds}")
         return self
+
+
+def check_steps(steps: Sequence[StepConfig]) -> None:
+    """Refuse steps that can never end.
+
+    Raises:
+        ValueError: If a step waits for what cannot come to a candidate that is asked nothing.
+    """
+    weight, shadow = 0, 0.0
+    for number, step in enumerate(steps, 1):
+        weight = weight if step.setWeight is None else step.setWeight
+        shadow = shadow if step.shadow is None else step.shadow
+        if weight or shadow:
+            continue
+        waits = step.min_requests and "its min_requests"
+        if step.analysis:
+            waits = "its analysis"
+        if waits:
+            raise ValueError(
+                f"step {number} can never end: the candidate is asked nothing in it, with weight 0 "
+                f"and shadow 0, and {waits} would wait for answers; put a shadow or a setWeight "
+                "above 0 before it, or set min_requests to 0"
+            )
 
 
 class RolloutConfig(_Branch):
@@ -424,6 +513,9 @@ class RolloutConfig(_Branch):
             StepConfig(setWeight=50),
         ),
         description="What happens in which order; after the last step the audit labels decide.",
+    )
+    analysis: tuple[MetricConfig, ...] = Field(
+        (), description="Metrics that are measured from the first share on, beside the steps."
     )
     alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.05, description="Largest share of false promotions, however often one looks."
@@ -445,6 +537,12 @@ class RolloutConfig(_Branch):
     heartbeat_timeout_s: PositiveSeconds = Field(
         5.0, description="A front silent for this long no longer has to acknowledge."
     )
+
+    @field_validator("steps")
+    @classmethod
+    def _can_end(cls, steps: tuple[StepConfig, ...]) -> tuple[StepConfig, ...]:
+        check_steps(steps)
+        return steps
 
 
 class AutoscalingConfig(_Branch):

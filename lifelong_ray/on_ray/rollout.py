@@ -163,6 +163,7 @@ class Controller:
                 fronts=self._live_fronts(),
                 pairs=self._pairs,
                 slot_ready=slot_ready,
+                agreement=self._evidence[1].agreement if self._evidence else None,
             )
 
     def _live_fronts(self) -> tuple[FrontReport, ...]:

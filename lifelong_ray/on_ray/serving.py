@@ -26,7 +26,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 import lifelong_ray
-from lifelong_ray.config import AutoscalingConfig, Config, StepConfig, config_from
+from lifelong_ray.config import AutoscalingConfig, Config, StepConfig, check_steps, config_from
 from lifelong_ray.feedback import (
     CleanImage,
     LogTail,
@@ -458,6 +458,7 @@ class FrontDeployment:
             )
         try:
             steps = _STEPS.validate_python(body.get("steps") or ())
+            check_steps(steps)
         except ValueError as error:
             raise RequestError(422, "bad_steps", str(error)) from None
         if not isinstance(body.get("force", False), bool):

@@ -11,15 +11,17 @@ from __future__ import annotations
 import uuid
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from lifelong_ray.config import StepConfig
+from lifelong_ray.config import StepConfig, check_steps
+from lifelong_ray.release.analysis import MetricRun
+from lifelong_ray.release.records import Record
 
 Phase = Literal["Progressing", "Paused", "Healthy", "Degraded"]
 """Argo Rollouts' words; Healthy and Degraded only in the record of an ended rollout."""
 
 Verb = Literal["start", "promote", "abort", "pause", "resume", "rollback"]
-PauseCause = Literal["operator", "latency", "evidence"]
+PauseCause = Literal["operator", "latency", "analysis", "evidence"]
 What = Literal[
     "created",
     "started",
@@ -38,11 +40,7 @@ What = Literal[
 _NUM_HANDLED_IDS = 200
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Intent(_Record):
+class Intent(Record):
     """What somebody wants to happen to the release; a controller does it.
 
     Attributes:
@@ -73,10 +71,11 @@ class Intent(_Record):
             raise ValueError("an intent names a candidate exactly when its verb is start")
         if self.force and self.verb not in ("start", "promote"):
             raise ValueError(f"only start and promote can be forced, not {self.verb}")
+        check_steps(self.steps)
         return self
 
 
-class Rollout(_Record):
+class Rollout(Record):
     """One candidate on its way to stable.
 
     Attributes:
@@ -94,6 +93,10 @@ class Rollout(_Record):
         step_started_at_s: Unix time at which the step came into force.
         step_baseline: (requests, errors) of the candidate by front when the step began.
         latency_accepted: An operator resumed it in spite of its latency.
+        in_step: The looks at the metrics of the step in force.
+        throughout: Those at the metrics of the whole rollout.
+        accepted: Analyses that did not decide and that an operator accepted: `step` until the
+            step ends, `rollout`.
         promotion: An operator's wish to promote without the remaining steps.
         message: What it is waiting for.
     """
@@ -110,8 +113,11 @@ class Rollout(_Record):
     forced: bool = False
     started_at_s: float
     step_started_at_s: float
-    step_baseline: dict[str, tuple[int, int]] = {}
+    step_baseline: dict[str, tuple[int, int]] = Field(default_factory=dict)
     latency_accepted: bool = False
+    in_step: tuple[MetricRun, ...] = ()
+    throughout: tuple[MetricRun, ...] = ()
+    accepted: tuple[Literal["step", "rollout"], ...] = ()
     promotion: Intent | None = None
     message: str = ""
 
@@ -126,14 +132,14 @@ class Rollout(_Record):
         return self.step_index == len(self.steps) - 1
 
 
-class Lease(_Record):
+class Lease(Record):
     """Which controller may move the document, until when."""
 
     holder: str
     expires_at_s: float
 
 
-class Event(_Record):
+class Event(Record):
     """One change, as the audit keeps it.
 
     Attributes:
@@ -157,11 +163,11 @@ class Event(_Record):
     to_version: str | None
     at_s: float
     intent_id: str = ""
-    evidence: dict[str, Any] = {}
+    evidence: dict[str, Any] = Field(default_factory=dict)
     rollout: Rollout | None = None
 
 
-class ReleaseDocument(_Record):
+class ReleaseDocument(Record):
     """The only truth about the release.
 
     Attributes:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lifelong_ray.config import RolloutConfig
+from lifelong_ray.config import Measured, RolloutConfig
+from lifelong_ray.release.analysis import Outcome, measured, outcome
 from lifelong_ray.release.document import Event, PauseCause, ReleaseDocument, Rollout
 from lifelong_ray.release.evidence import Pairs, Verdict, judge_evidence
 from lifelong_ray.release.fronts import Counter, FrontReport, latency_quantile_ms, total
@@ -53,12 +54,18 @@ class Observation:
         fronts: Latest report of every front; silent ones no longer count as live.
         pairs: All labelled pairs of the document's rollout so far.
         slot_ready: Whether a slot has the candidate of the document's rollout warm.
+        agreement: Share of the compared requests that both versions answered alike; None
+            without any.
+        correction_difference: Corrections per request of the candidate, less those of stable;
+            None where that cannot be said.
     """
 
     now_s: float
     fronts: tuple[FrontReport, ...]
     pairs: Pairs
     slot_ready: bool
+    agreement: float | None = None
+    correction_difference: float | None = None
 
 
 def assign(document: ReleaseDocument, key: str, override: str | None = None) -> Assignment:
@@ -154,6 +161,59 @@ class _Decider:
         )
         lease = document.lease
         self.who = f"controller {lease.holder}" if lease is not None else "controller"
+        self._look()
+
+    def _look(self) -> None:
+        """Measure what is due, of the step and of the rollout."""
+        rollout, now_s = self.rollout, self.observation.now_s
+        step = rollout.step
+        if step is None or rollout.paused_by == "operator":
+            return
+        values = self._values()
+        changes: dict[str, object] = {}
+        if step.analysis:
+            changes["in_step"] = measured(
+                rollout.in_step,
+                step.analysis,
+                values,
+                began_s=rollout.step_started_at_s,
+                now_s=now_s,
+            )
+        if self.config.analysis:
+            changes["throughout"] = measured(
+                rollout.throughout,
+                self.config.analysis,
+                values,
+                began_s=rollout.started_at_s,
+                now_s=now_s,
+            )
+        if changes:
+            self.rollout = rollout.model_copy(update=changes)
+            self.document = self.document.changed(rollout=self.rollout)
+
+    def _values(self) -> dict[Measured, float | None]:
+        """What there is to measure."""
+        pairs, seen = self.verdict.pairs, self.in_step
+        slow, usual = self._p99_ms()
+        labelled = pairs.better + pairs.same + pairs.worse > 0
+        return {
+            "accuracy_difference": pairs.difference if labelled else None,
+            "accuracy_difference_low": self.verdict.interval.low if labelled else None,
+            "agreement": self.observation.agreement,
+            "correction_difference": self.observation.correction_difference,
+            "error_share": seen.errors / seen.requests if seen.requests else None,
+            "latency_ratio": slow / usual if slow and usual else None,
+            "p99_ms": slow,
+        }
+
+    def _p99_ms(self) -> tuple[float | None, float | None]:
+        """Of the candidate and of stable, inside the model; None where too few were measured."""
+        versions = (self.rollout.candidate, self.document.stable)
+        counts = [total(self.observation.fronts, v or "").latency_counts for v in versions]
+        candidate, stable = (
+            latency_quantile_ms(c, 0.99) if sum(c) >= _MIN_LATENCIES else None for c in counts
+        )
+        return candidate, stable
 
     def decide(self) -> ReleaseDocument:
         # What protects users comes first and waits for nobody.
@@ -171,9 +231,9 @@ class _Decider:
             return self._promote_once_warm(f"promotion forced by {promotion.actor}")
         if rollout.paused_by == "operator":
             return self.document
-        slow = self._reason_to_pause()
-        if slow is not None:
-            return self._hold(slow, cause="latency")
+        doubt = self._reason_to_pause()
+        if doubt is not None:
+            return self._hold(doubt[1], cause=doubt[0])
         waiting = self._unacknowledged()
         if waiting is None and promotion is None:
             waiting = self._unfinished_step()
@@ -197,25 +257,33 @@ class _Decider:
                     f"errors {_per_cent(seen)} of {seen.requests} requests, above "
                     f"{100 * limit:g} % ({_per_cent(stable)} stable)"
                 )
+        for _, phase, why in self._analyses():
+            if phase == "Failed":
+                return f"analysis failed: {why}"
         return self.verdict.reason if self.verdict.decision == "inferior" else None
 
-    def _reason_to_pause(self) -> str | None:
-        """Latency inside the model, against stable's over the same fronts."""
+    def _analyses(self) -> list[tuple[str, Outcome, str]]:
+        """The analyses under way: of the step, and of the rollout."""
+        rollout, step = self.rollout, self.rollout.step
+        found = []
+        if step is not None and step.analysis:
+            found.append(("step", *outcome(rollout.in_step, step.analysis)))
+        if step is not None and self.config.analysis:
+            found.append(("rollout", *outcome(rollout.throughout, self.config.analysis)))
+        return found
+
+    def _reason_to_pause(self) -> tuple[PauseCause, str] | None:
+        """What somebody should look at: an analysis that did not decide, or a slow model."""
+        for name, phase, why in self._analyses():
+            if phase == "Inconclusive" and name not in self.rollout.accepted:
+                return "analysis", f"analysis inconclusive: {why}; resume accepts it"
         if self.rollout.latency_accepted or self.rollout.step is None:
             return None
-        candidate, stable = (
-            total(self.observation.fronts, version or "").latency_counts
-            for version in (self.rollout.candidate, self.document.stable)
-        )
-        if min(sum(candidate), sum(stable)) < _MIN_LATENCIES:
-            return None
-        slow, usual = latency_quantile_ms(candidate, 0.99), latency_quantile_ms(stable, 0.99)
-        assert slow is not None
-        assert usual is not None
+        slow, usual = self._p99_ms()
         limit = self.config.max_latency_ratio
-        if slow <= limit * usual:
+        if slow is None or usual is None or slow <= limit * usual:
             return None
-        return (
+        return "latency", (
             f"p99 inside the model {slow:.1f} ms against {usual:.1f} ms stable, "
             f"above {limit:g} times; resume accepts it"
         )
@@ -238,6 +306,9 @@ class _Decider:
                 return f"{passed_s:.0f} of {step.pause:g} s paused"
         if self.in_step.requests < step.min_requests:
             return f"{self.in_step.requests} of {step.min_requests} requests seen"
+        if step.analysis and "step" not in self.rollout.accepted:
+            phase, why = outcome(self.rollout.in_step, step.analysis)
+            return why if phase == "Running" else None
         return None
 
     def _next_step(self) -> ReleaseDocument:
@@ -256,6 +327,8 @@ class _Decider:
                 "step_started_at_s": self.observation.now_s,
                 "step_baseline": rollout.step_baseline
                 | _counts_by_front(rollout.candidate, self.observation.fronts),
+                "in_step": (),
+                "accepted": tuple(name for name in rollout.accepted if name != "step"),
                 "message": "step begun",
             }
         )

@@ -207,7 +207,7 @@ def _objection_to_steering(rollout: Rollout, intent: Intent) -> str | None:
         return f"{asked.actor} already asked to promote {rollout.candidate}: {rollout.message}"
     if intent.verb == "pause" and rollout.paused_by == "operator":
         return f"the rollout of {rollout.candidate} is already {rollout.message}"
-    if intent.verb == "resume" and rollout.paused_by not in ("operator", "latency"):
+    if intent.verb == "resume" and rollout.paused_by not in ("operator", "latency", "analysis"):
         return (
             f"the rollout of {rollout.candidate} was not paused by anyone; it waits by itself: "
             f"{rollout.message or 'for its next step'}"
@@ -261,6 +261,8 @@ def _steered(rollout: Rollout, intent: Intent) -> Rollout:
         else:
             changes["message"] = f"resumed by {intent.actor}"
             changes["latency_accepted"] = rollout.latency_accepted or rollout.paused_by == "latency"
+            if rollout.paused_by == "analysis":
+                changes["accepted"] = ("step", "rollout")
     return rollout.model_copy(update=changes)
 
 

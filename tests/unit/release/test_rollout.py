@@ -706,3 +706,84 @@ def check_invariants(
             assert all("v1.1" in r.warm_versions for r in live)
         else:
             assert observation.slot_ready
+
+
+# -- analysis ---------------------------------------------------------------------------------
+
+ANY_ERRORS = RolloutConfig(max_error_share=1)
+FEW_ERRORS = {
+    "measure": "error_share",
+    "successCondition": "result < 0.01",
+    "failureCondition": "result > 0.5",
+    "count": 2,
+    "interval": 10,
+}
+
+
+def analysing(**metric: object) -> ReleaseDocument:
+    """A document in a step that analyses, after one that sets the weight."""
+    steps = (
+        StepConfig(setWeight=20),
+        StepConfig.model_validate({"analysis": [FEW_ERRORS | metric], "min_requests": 0}),
+        StepConfig(setWeight=50),
+    )
+    return started(steps=steps, step_index=1, weight=20)
+
+
+def looked_at(document: ReleaseDocument, *, errors: int, looks: int = 2) -> ReleaseDocument:
+    """The document after looks ten seconds apart at so many errors of a hundred requests."""
+    for look in range(looks):
+        now_s = 1_000.0 + 10 * look
+        front = a_front(document, requests=100, errors=errors, at_s=now_s)
+        document, _ = advance(document, seeing(front, now_s=now_s), ANY_ERRORS)
+        if document.rollout is None:
+            break
+    return document
+
+
+def test_a_step_of_analysis_ends_once_its_metrics_are_successful() -> None:
+    once = looked_at(analysing(), errors=0, looks=1)
+    assert rollout_of(once).message == "error_share: 1 of 2 measurements"
+
+    assert rollout_of(looked_at(analysing(), errors=0)).step_index == 2
+
+
+def test_a_failed_analysis_takes_the_candidate_back() -> None:
+    document = looked_at(analysing(), errors=90)
+
+    assert document.rollout is None
+    assert document.stable == "v1"
+    assert "analysis failed: error_share is 0.9" in document.outbox[-1].why
+
+
+def test_an_inconclusive_analysis_asks_and_resume_accepts_it() -> None:
+    document = looked_at(analysing(), errors=20)
+    rollout = rollout_of(document)
+    assert (rollout.phase, rollout.paused_by) == ("Paused", "analysis")
+    assert "resume accepts it" in rollout.message
+
+    resumed = asked(document, "resume")
+    front = a_front(resumed, requests=100, errors=20, at_s=1_020.0)
+    document, _ = advance(resumed, seeing(front, now_s=1_020.0), ANY_ERRORS)
+    document = looked_at(document, errors=20, looks=3)
+
+    assert rollout_of(document).step_index == 2
+
+
+def test_metrics_of_the_whole_rollout_are_measured_beside_its_steps() -> None:
+    config = RolloutConfig.model_validate({"analysis": [FEW_ERRORS], "max_error_share": 1})
+    document = at_step(1)
+    front = a_front(document, requests=10, errors=9)
+
+    document, events = advance(document, seeing(front), config)
+
+    assert whats(events) == ["aborted"]
+    assert "error_share is 0.9" in events[-1].why
+
+
+def test_what_was_measured_is_in_the_document_for_whoever_goes_on() -> None:
+    document = looked_at(analysing(), errors=0, looks=1)
+    again = ReleaseDocument.model_validate_json(document.model_dump_json())
+
+    assert rollout_of(again).in_step == rollout_of(document).in_step
+    assert rollout_of(again).in_step[0].last[0].value == 0.0
