@@ -545,6 +545,38 @@ class RolloutConfig(_Branch):
         return steps
 
 
+Day = Literal["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]
+_CLOCK = r"^([01]\d|2[0-3]):[0-5]\d$"
+
+
+class OffPeakConfig(_Branch):
+    """Bounds of a deployment's replicas in quiet hours, in UTC."""
+
+    start: Annotated[str, Field(pattern=_CLOCK)] = Field("22:00", description="When they begin.")
+    end: Annotated[str, Field(pattern=_CLOCK)] = Field(
+        "06:00", description="When they end; earlier than start means on the next day."
+    )
+    days: tuple[Day, ...] = Field(
+        ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"), description="On which they begin."
+    )
+    min_replicas: int = Field(0, ge=0, description="Fewest replicas.")
+    max_replicas: int = Field(1, gt=0, description="Most replicas.")
+
+    @model_validator(mode="after")
+    def _has_bounds(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"off-peak min_replicas {self.min_replicas} is above max_replicas "
+                f"{self.max_replicas}"
+            )
+        if self.start == self.end:
+            raise ValueError(
+                f"off-peak hours from {self.start} to {self.end} have no length; for a whole day "
+                "set min_replicas and max_replicas themselves"
+            )
+        return self
+
+
 class AutoscalingConfig(_Branch):
     """Replicas of one deployment."""
 
@@ -553,8 +585,30 @@ class AutoscalingConfig(_Branch):
     target_ongoing_requests: float = Field(
         16, gt=0, description="Requests in flight per replica at which their number stays."
     )
+    upscale_delay_s: float = Field(
+        10.0, ge=0, description="How long more must be wanted before there are more."
+    )
+    downscale_delay_s: float = Field(
+        300.0, ge=0, description="How long fewer must be wanted before there are fewer."
+    )
+    off_peak: OffPeakConfig | None = Field(
+        None, description="Other bounds in quiet hours, such as {start: '22:00', min_replicas: 0}."
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="Labels of the nodes that replicas may run on, as Ray selects them, such as "
+        "{market: on-demand} or {market: '!spot'}.",
+    )
     num_cpus: float = Field(0.2, ge=0, description="CPUs reserved per replica.")
     num_gpus: float = Field(0.0, ge=0, description="GPUs reserved per replica; may be a fraction.")
+
+    @model_validator(mode="after")
+    def _has_bounds(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}"
+            )
+        return self
 
 
 class ServingConfig(_Branch):
@@ -564,7 +618,7 @@ class ServingConfig(_Branch):
     port: int = Field(8000, ge=0, lt=65536, description="HTTP port.")
     model_name: str = Field("classifier", description="Name in the Open Inference Protocol.")
     front: AutoscalingConfig = AutoscalingConfig()
-    slot: AutoscalingConfig = AutoscalingConfig(min_replicas=1, max_replicas=1)
+    slot: AutoscalingConfig = AutoscalingConfig(min_replicas=0, max_replicas=1)
     max_ongoing_requests: int = Field(256, gt=0, description="Per replica, before Ray queues.")
     max_batch: int = Field(32, gt=0, description="Images per forward pass.")
     batch_wait_s: float = Field(0.002, ge=0, description="Longest wait for a fuller batch.")

@@ -65,6 +65,7 @@ from lifelong_ray.on_ray.open_inference import (
     write_answer,
 )
 from lifelong_ray.on_ray.rollout import RolloutController
+from lifelong_ray.on_ray.scaling import autoscaling
 from lifelong_ray.on_ray.schedule import submit_update
 from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
 from lifelong_ray.release import FrontReport, Intent, Registry, ReleaseDesk
@@ -572,19 +573,19 @@ def build_app(config: Config) -> serve.Application:
     deployments: tuple[serve.Deployment, ...] = (RolloutController, Slot, FrontDeployment)  # type: ignore[assignment]
     controller, slot, front = deployments
     rules = controller.options(ray_actor_options={"num_cpus": 0.1}).bind(tree)
-    candidate = slot.options(**_replicas(config.serving.slot, config)).bind(tree, rules)
-    return front.options(**_replicas(config.serving.front, config)).bind(tree, candidate, rules)
+    candidate = slot.options(**_replicas("slot", config)).bind(tree, rules)
+    return front.options(**_replicas("front", config)).bind(tree, candidate, rules)
 
 
-def _replicas(scaling: AutoscalingConfig, config: Config) -> dict[str, Any]:
+def _replicas(deployment: str, config: Config) -> dict[str, Any]:
+    scaling: AutoscalingConfig = getattr(config.serving, deployment)
+    options: dict[str, Any] = {"num_cpus": scaling.num_cpus, "num_gpus": scaling.num_gpus}
+    if scaling.labels:
+        options["label_selector"] = dict(scaling.labels)
     return {
-        "autoscaling_config": {
-            "min_replicas": scaling.min_replicas,
-            "max_replicas": scaling.max_replicas,
-            "target_ongoing_requests": scaling.target_ongoing_requests,
-        },
+        "autoscaling_config": autoscaling(config, deployment),
         "max_ongoing_requests": config.serving.max_ongoing_requests,
-        "ray_actor_options": {"num_cpus": scaling.num_cpus, "num_gpus": scaling.num_gpus},
+        "ray_actor_options": options,
     }
 
 
