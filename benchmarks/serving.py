@@ -72,6 +72,9 @@ _TINY = {"name": "convnet", "widths": [8, 16], "image_size": 32, "channels": 3}
 CASES = {
     "tiny-png": Case(_TINY, 32, "PNG"),
     "tiny-jpeg": Case(_TINY, 224, "JPEG"),
+    "resnet18-png": Case(
+        {"name": "models:resnet18", "image_size": 32, "channels": 3}, 32, "PNG", threads=2
+    ),
 }
 
 
@@ -167,7 +170,12 @@ def _served(case: Case, folder: Path) -> Config:
             "store": {"url": str(folder / "store")},
             "model": case.model,
             "learning": {"base": {"epochs": 4}, "analytic": {"num_features": 64}},
-            "serving": {"front": {"max_replicas": 1}, "port": _free_port()},
+            "serving": {
+                "front": {"max_replicas": 1},
+                "port": _free_port(),
+                "model_threads": case.threads,
+                "cache_bytes": 0,
+            },
         }
     )
     store = open_store(config.store)

@@ -620,6 +620,9 @@ class ServingConfig(_Branch):
     front: AutoscalingConfig = AutoscalingConfig()
     slot: AutoscalingConfig = AutoscalingConfig(min_replicas=0, max_replicas=1)
     max_ongoing_requests: int = Field(256, gt=0, description="Per replica, before Ray queues.")
+    model_threads: int = Field(
+        1, gt=0, description="CPU threads of each replica's model; more replicas use more cores."
+    )
     max_batch: int = Field(32, gt=0, description="Images per forward pass.")
     batch_wait_s: float = Field(0.002, ge=0, description="Longest wait for a fuller batch.")
     max_queue: int = Field(512, gt=0, description="Images waiting; beyond it 429.")

@@ -1,7 +1,6 @@
-"""Single requests in, batches through the model, single answers out.
+"""Single requests in, batches through a function on a thread, single answers out.
 
-Knows nothing of HTTP, versions or Ray. One batcher belongs to one model; its work
-runs on a thread, so that the event loop keeps taking requests meanwhile.
+Knows nothing of HTTP, versions or Ray. The event loop keeps taking requests meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from lifelong_ray.types import OverloadedError
 
 Probabilities = NDArray[np.float32]
+I = TypeVar("I")  # noqa: E741 - what goes in
+O = TypeVar("O")  # noqa: E741 - and what comes out
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,61 @@ class Batcher:
         started = perf_counter()
         probabilities = self._run(images)
         return probabilities, (perf_counter() - started) * 1_000
+
+
+class Together(Generic[I, O]):
+    """Runs a function for all that is asked for in the same turn of the event loop, on a thread.
+
+    A trip to a thread and back costs as much as decoding a small image; with many requests at a
+    time they share it, and nobody waits for anybody who has not asked yet.
+    """
+
+    def __init__(self, run: Callable[[I], O], executor: Executor, *, most: int = 16) -> None:
+        """Take `run`, and how many calls of it one trip makes at most."""
+        self._run = run
+        self._executor = executor
+        self._most = most
+        self._waiting: list[tuple[I, asyncio.Future[O]]] = []
+
+    async def __call__(self, item: I) -> O:
+        """Return what the function makes of `item`, or raise what it raises."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[O] = loop.create_future()
+        self._waiting.append((item, future))
+        if len(self._waiting) == 1:
+            loop.call_soon(self._start, loop)
+        return await future
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        waiting, self._waiting = self._waiting, []
+        for first in range(0, len(waiting), self._most):
+            group = [entry for entry in waiting[first : first + self._most] if not entry[1].done()]
+            if group:
+                self._executor.submit(self._work, loop, group)
+
+    def _work(
+        self, loop: asyncio.AbstractEventLoop, group: list[tuple[I, asyncio.Future[O]]]
+    ) -> None:
+        made: list[tuple[O | None, BaseException | None]] = []
+        for item, _ in group:
+            try:
+                made.append((self._run(item), None))
+            except BaseException as error:  # noqa: BLE001 - belongs to who asked
+                made.append((None, error))
+        try:
+            loop.call_soon_threadsafe(self._tell, group, made)
+        except RuntimeError:
+            return  # The loop is closed, and nobody waits any more.
+
+    @staticmethod
+    def _tell(
+        group: list[tuple[I, asyncio.Future[O]]],
+        made: list[tuple[O | None, BaseException | None]],
+    ) -> None:
+        for (_, future), (value, error) in zip(group, made, strict=True):
+            if future.done():
+                continue
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(value)  # type: ignore[arg-type]  # None only beside an error

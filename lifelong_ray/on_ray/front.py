@@ -29,6 +29,7 @@ from lifelong_ray.feedback import (
     pseudonym,
     uuid7,
 )
+from lifelong_ray.on_ray.batching import Together
 from lifelong_ray.on_ray.cache import AnswerCache
 from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
 from lifelong_ray.release import (
@@ -56,6 +57,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_LABEL_CHARS = 200
 MAX_REASON_CHARS = 500
+_SMALL_BYTES = 32_000  # Of an encoded image that takes no longer to decode than to hand over.
 
 
 class NoVersionError(ServingError):
@@ -121,7 +123,18 @@ class ReportSink(Protocol):
 
 
 class Front:
-    """One front replica's state: the document it follows, warm versions, the log."""
+    """One front replica's state: the document it follows, warm versions, the log.
+
+    Args:
+        config: The whole tree.
+        store: Registry, document and log.
+        secrets: For request ids and pseudonyms.
+        slot: Answers for a candidate.
+        controller: Is told what this front does.
+        now_s: Unix time.
+        rng: Draws the audit share.
+        on_look: Called whenever the front looks at the document.
+    """
 
     def __init__(
         self,
@@ -133,8 +146,10 @@ class Front:
         *,
         now_s: Callable[[], float],
         rng: random.Random,
+        on_look: Callable[[], None] | None = None,
     ) -> None:
         self._config = config
+        self._on_look = on_look
         self._slot = slot
         self._controller = controller
         self._now_s = now_s
@@ -147,6 +162,7 @@ class Front:
         self.log = LogWriter(store, config.feedback, f"front-{self.front_id[-12:]}", now_s)
         self._warm = WarmVersions(self.registry, config.serving, now_s=now_s)
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="front")
+        self._decode_small = Together(self._decoded, self._threads)
         self._counters: dict[str, Counter] = {}
         self._cache: AnswerCache[VersionAnswer] = AnswerCache(config.serving.cache_bytes)
         self._comparing: set[asyncio.Task[None]] = set()
@@ -181,11 +197,13 @@ class Front:
         Raises:
             BadImageError: If they are not an acceptable image.
         """
+        if len(data) <= _SMALL_BYTES:
+            return await self._decode_small((data, content_type))
+        return await self._in_thread(self._decoded, (data, content_type))
 
-        def decoded() -> CleanImage:
-            return CleanImage.of(decode_image(data, content_type, self._config.images))
-
-        return await self._in_thread(decoded)
+    def _decoded(self, body: tuple[bytes, str | None]) -> CleanImage:
+        data, content_type = body
+        return CleanImage.of(decode_image(data, content_type, self._config.images))
 
     async def named(self, pixels: Pixels) -> CleanImage:
         """Make a clean image of pixels, off the event loop."""
@@ -441,6 +459,8 @@ class Front:
             await asyncio.sleep(self._config.serving.poll_interval_s)
 
     async def _follow_once(self) -> None:
+        if self._on_look is not None:
+            self._on_look()
         document, _ = await self._in_thread(self.desk.read)
         wanted = needed_versions(document, self._config.rollout)
         # The document in force keeps its versions until the new one is followed.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -76,6 +77,71 @@ class UploadForm:
 
     images: tuple[Upload, ...]
     fields: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Asker:
+    """What the headers of a request say about who asks, and how.
+
+    Attributes:
+        session: Whom an answer's version sticks to; empty means nobody.
+        canary: ``always`` or ``never`` get the candidate; empty leaves it to chance.
+        timeout_ms: How long the client waits; None means for ever.
+    """
+
+    session: str
+    canary: str
+    timeout_ms: float | None
+
+
+def asker_of(request: Request) -> Asker:
+    """Read the headers that `ASKER_PARAMETERS` describes.
+
+    Not as FastAPI's parameters, whose checks would take longer than an answer of a small model.
+
+    Raises:
+        RequestError: If the deadline is no number above 0.
+    """
+    headers = request.headers
+    said, timeout_ms = headers.get("x-timeout-ms"), None
+    if said is not None:
+        try:
+            timeout_ms = float(said)
+        except ValueError:
+            timeout_ms = 0.0
+        if not 0 < timeout_ms < math.inf:
+            raise RequestError(
+                422, "bad_timeout", f"x-timeout-ms is {said!r:.40}; give milliseconds above 0"
+            )
+    return Asker(headers.get("x-session-id", ""), headers.get("x-canary", ""), timeout_ms)
+
+
+def _header(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "in": "header",
+        "name": name,
+        "required": False,
+        "description": description,
+        "schema": schema,
+    }
+
+
+ASKER_PARAMETERS: dict[str, Any] = {
+    "parameters": [
+        _header("x-session-id", "Whom the version sticks to.", {"type": "string"}),
+        _header(
+            "x-canary",
+            "Whether the candidate answers; by chance if left out.",
+            {"type": "string", "enum": ["always", "never"]},
+        ),
+        _header(
+            "x-timeout-ms",
+            "Milliseconds after which nobody waits for the answer any more.",
+            {"type": "number", "exclusiveMinimum": 0},
+        ),
+    ]
+}
+"""What OpenAPI tells of the headers that `asker_of` reads."""
 
 
 async def read_uploads(request: Request, *, field: str, max_bytes: int) -> UploadForm:

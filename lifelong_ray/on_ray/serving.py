@@ -45,7 +45,11 @@ from lifelong_ray.on_ray.front import (
     top_k,
 )
 from lifelong_ray.on_ray.http import (
+    ASKER_PARAMETERS,
+    Asker,
     RequestError,
+    Upload,
+    asker_of,
     describe_error,
     install_error_handlers,
     read_body,
@@ -158,6 +162,7 @@ class FrontDeployment:
         self._store = open_store(self._config.store)
         self._secrets = load_secrets(self._store, os.environ)
         self._controller = controller
+        self._metrics = metrics.FrontMetrics()
         self._front = Front(
             self._config,
             self._store,
@@ -166,8 +171,8 @@ class FrontDeployment:
             _ControllerClient(controller),
             now_s=time.time,
             rng=random.Random(),
+            on_look=self._metrics.tell,
         )
-        self._metrics = metrics.FrontMetrics()
         await self._front.start()
 
     def __del__(self) -> None:
@@ -177,19 +182,13 @@ class FrontDeployment:
 
     # -- predictions -------------------------------------------------------------------
 
-    @http.post("/predict", tags=["predict"])
-    async def predict(
-        self,
-        request: Request,
-        x_session_id: Annotated[str | None, Header()] = None,
-        x_canary: Annotated[str | None, Header()] = None,
-        x_timeout_ms: Annotated[float | None, Header(gt=0)] = None,
-    ) -> JSONResponse:
+    @http.post("/predict", tags=["predict"], openapi_extra=ASKER_PARAMETERS)
+    async def predict(self, request: Request) -> Response:
         """Classify one image: a raw ``image/*`` body or the multipart field ``image``."""
+        asker = asker_of(request)
         form = await read_uploads(request, field="image", max_bytes=self._config.images.max_bytes)
         upload = form.images[0]
-        asked = self._answer(upload.data, upload.content_type, x_session_id, x_canary)
-        served = await within(x_timeout_ms, asked)
+        served = await within(asker.timeout_ms, self._answer(upload, asker))
         headers = {
             "x-prediction-id": served.request_id,
             "x-model-version": served.answer.version,
@@ -198,39 +197,38 @@ class FrontDeployment:
         }
         return JSONResponse(self._as_json(served), headers=headers)
 
-    @http.post("/batch_predict", tags=["predict"])
-    async def batch_predict(
-        self,
-        request: Request,
-        x_session_id: Annotated[str | None, Header()] = None,
-        x_canary: Annotated[str | None, Header()] = None,
-        x_timeout_ms: Annotated[float | None, Header(gt=0)] = None,
-    ) -> JSONResponse:
+    @http.post("/batch_predict", tags=["predict"], openapi_extra=ASKER_PARAMETERS)
+    async def batch_predict(self, request: Request) -> Response:
         """Classify several multipart ``images``; a bad one gets its own error entry."""
+        asker = asker_of(request)
         form = await read_uploads(request, field="images", max_bytes=self._config.images.max_bytes)
 
-        async def one(data: bytes, content_type: str | None) -> dict[str, Any]:
+        async def one(upload: Upload) -> dict[str, Any]:
             try:
-                return self._as_json(await self._answer(data, content_type, x_session_id, x_canary))
+                return self._as_json(await self._answer(upload, asker))
             except BadImageError as error:
                 _, code, message = describe_error(error)
                 return {"error": {"code": code, "message": message, "request_id": ""}}
 
-        asked = asyncio.gather(*(one(u.data, u.content_type) for u in form.images))
-        answers = await within(x_timeout_ms, asked)
+        asked = asyncio.gather(*(one(upload) for upload in form.images))
+        answers = await within(asker.timeout_ms, asked)
         return JSONResponse({"predictions": list(answers)})
 
-    async def _answer(
-        self, data: bytes, content_type: str | None, session: str | None, canary: str | None
-    ) -> Served:
+    async def _answer(self, upload: Upload, asker: Asker) -> Served:
         try:
-            image = await self._front.decode(data, content_type)
+            image = await self._front.decode(upload.data, upload.content_type)
             served = await self._front.answer(
-                image, key=session or str(uuid7(time.time())), override=canary, user=session or ""
+                image,
+                key=asker.session or str(uuid7(time.time())),
+                override=asker.canary,
+                user=asker.session,
             )
         except NoVersionError as error:
             raise RequestError(503, "no_version", str(error)) from None
-        self._metrics.answered(served.answer.version, served.variant, served.answer.model_ms)
+        answer = served.answer
+        self._metrics.answered(
+            answer.version, served.variant, answer.model_ms, cached=answer.cached
+        )
         return served
 
     def _as_json(self, served: Served) -> dict[str, Any]:

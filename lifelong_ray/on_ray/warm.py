@@ -63,7 +63,7 @@ class WarmVersions:
         self.failures: dict[str, str] = {}
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load-version")
         self._inference = ThreadPoolExecutor(1, thread_name_prefix="inference")
-        torch.set_num_threads(1)
+        torch.set_num_threads(config.model_threads)
 
     @property
     def names(self) -> tuple[str, ...]:

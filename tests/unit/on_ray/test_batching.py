@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lifelong_ray.on_ray.batching import Answer, Batcher
+from lifelong_ray.on_ray.batching import Answer, Batcher, Together
 from lifelong_ray.types import OverloadedError
 
 
@@ -168,3 +168,60 @@ def test_a_batcher_that_is_let_go_leaves_no_task_behind(
 
     assert num_tasks == 1
     assert not caplog.records
+
+
+# -- together ---------------------------------------------------------------------------------
+
+
+def test_what_is_asked_in_one_turn_shares_a_trip_to_a_thread() -> None:
+    trips: list[int] = []
+
+    def doubled(value: int) -> int:
+        trips.append(threading.get_ident())
+        return 2 * value
+
+    class Counting(ThreadPoolExecutor):
+        submitted = 0
+
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            self.submitted += 1
+            return super().submit(*args, **kwargs)
+
+    async def ask() -> list[int]:
+        together = Together(doubled, pool, most=4)
+        return await asyncio.gather(*(together(value) for value in range(10)))
+
+    with Counting(2) as pool:
+        assert asyncio.run(ask()) == [2 * value for value in range(10)]
+        assert pool.submitted == 3
+    assert threading.get_ident() not in trips
+
+
+def test_a_failure_belongs_to_the_one_who_asked(executor: ThreadPoolExecutor) -> None:
+    def picky(value: int) -> int:
+        if value == 1:
+            raise ValueError("not one")
+        return value
+
+    async def ask() -> list[Any]:
+        together = Together(picky, executor)
+        return await asyncio.gather(*(together(v) for v in range(3)), return_exceptions=True)
+
+    zero, error, two = asyncio.run(ask())
+    assert (zero, two) == (0, 2)
+    assert isinstance(error, ValueError)
+
+
+def test_what_nobody_waits_for_any_more_is_not_done(executor: ThreadPoolExecutor) -> None:
+    done: list[int] = []
+
+    async def ask() -> None:
+        together = Together(done.append, executor)
+        given_up = asyncio.ensure_future(together(1))
+        kept = asyncio.ensure_future(together(2))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await kept
+
+    asyncio.run(ask())
+    assert done == [2]

@@ -12,7 +12,9 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel
 
 from lifelong_ray.on_ray.http import (
+    Asker,
     RequestError,
+    asker_of,
     install_error_handlers,
     read_json,
     read_uploads,
@@ -313,3 +315,23 @@ def test_work_that_nobody_waits_for_any_more_is_dropped() -> None:
 
     assert (caught.value.status, caught.value.code) == (408, "deadline_exceeded")
     assert dropped
+
+
+def asking(**headers: str) -> Request:
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return Request({"type": "http", "headers": raw})
+
+
+def test_headers_say_who_asks_and_how_long_they_wait() -> None:
+    asker = asker_of(asking(x_session_id="ada", x_canary="always", x_timeout_ms="50"))
+
+    assert asker == Asker("ada", "always", 50.0)
+    assert asker_of(asking()) == Asker("", "", None)
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "soon", "nan", "inf", ""])
+def test_a_deadline_that_is_none_is_named(said: str) -> None:
+    with pytest.raises(RequestError, match="x-timeout-ms") as caught:
+        asker_of(asking(x_timeout_ms=said))
+
+    assert (caught.value.status, caught.value.code) == (422, "bad_timeout")
