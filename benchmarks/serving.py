@@ -73,7 +73,10 @@ CASES = {
     "tiny-png": Case(_TINY, 32, "PNG"),
     "tiny-jpeg": Case(_TINY, 224, "JPEG"),
     "resnet18-png": Case(
-        {"name": "models:resnet18", "image_size": 32, "channels": 3}, 32, "PNG", threads=2
+        {"name": "benchmarks.models:resnet18", "image_size": 32, "channels": 3},
+        32,
+        "PNG",
+        threads=2,
     ),
 }
 
