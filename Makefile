@@ -12,7 +12,7 @@ quoted = '$(subst ','\'',$(1))'
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check integration cluster e2e proof avalanche clean \
+.PHONY: help install demo serve test check integration cluster e2e proof avalanche peers clean \
 	lint types layers doctest unit
 
 help: ## print this list
@@ -73,6 +73,22 @@ $(PEER)/.installed: constraints.txt
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(PEER)/bin/python -m pip install -q \
 	  $$(grep -E '^(torch|torchvision|numpy)==' constraints.txt) '$(AVALANCHE)'
 	@$(PEER)/bin/python -W ignore -c 'import avalanche.training'
+	@touch $@
+
+# The servers that benchmarks/serving.py compares with: each in an environment of its own, on top of
+# this project's, from which it takes the model and torch.
+PEERS := fastapi litserve bentoml
+PEER_PACKAGES_fastapi := fastapi uvicorn[standard]
+PEER_PACKAGES_litserve := litserve==0.2.19
+PEER_PACKAGES_bentoml := bentoml==1.4.40
+LIBRARIES := -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
+
+peers: $(PEERS:%=.venv-peers/%/.installed) ## make .venv-peers: servers to compare ours with
+
+.venv-peers/%/.installed: $(INSTALLED)
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(BIN)/python $(LIBRARIES) > "$$($(@D)/bin/python $(LIBRARIES))/project.pth"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(@D)/bin/python -m pip install -q $(PEER_PACKAGES_$*)
 	@touch $@
 
 lint: $(INSTALLED)

@@ -69,15 +69,11 @@ class Case:
 
 
 _TINY = {"name": "convnet", "widths": [8, 16], "image_size": 32, "channels": 3}
+_RESNET = {"name": "benchmarks.models:resnet18", "image_size": 32, "channels": 3}
 CASES = {
     "tiny-png": Case(_TINY, 32, "PNG"),
     "tiny-jpeg": Case(_TINY, 224, "JPEG"),
-    "resnet18-png": Case(
-        {"name": "benchmarks.models:resnet18", "image_size": 32, "channels": 3},
-        32,
-        "PNG",
-        threads=2,
-    ),
+    "resnet18-png": Case(_RESNET, 32, "PNG", threads=2),
 }
 
 
