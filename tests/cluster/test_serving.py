@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from ray import serve
+from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
+from tritonclient.utils import InferenceServerException
 
 from lifelong_ray.client import ApiError, LifelongClient
 from lifelong_ray.config import Config
@@ -207,6 +209,71 @@ def test_open_inference_protocol_names_and_asks_the_model(
     assert np.reshape(probabilities["data"], (3, 3)).sum(1) == pytest.approx(1, abs=1e-5)
     named = http.post("/v2/models/classifier/versions/v1/infer", json={"inputs": inputs}).json()
     assert named["model_version"] == "v1"
+
+
+@pytest.fixture
+def triton(app: App) -> Iterator[InferenceServerClient]:
+    """Triton's own client, as it comes."""
+    client = InferenceServerClient(app.url.removeprefix("http://"))
+    yield client
+    client.close()
+
+
+def as_input(values: np.ndarray, datatype: str) -> InferInput:
+    tensor = InferInput("image", list(values.shape), datatype)
+    tensor.set_data_from_numpy(values)
+    return tensor
+
+
+@pytest.mark.parametrize("compression", [None, "gzip", "deflate"])
+def test_an_unmodified_triton_client_is_answered(
+    triton: InferenceServerClient, images: dict[str, bytes], compression: str | None
+) -> None:
+    decoded = [np.asarray(Image.open(io.BytesIO(images[n])))[:, :, None] for n in CLASSES]
+    encoded = np.array([images[n] for n in CLASSES], dtype=object)
+    wanted = [InferRequestedOutput("class"), InferRequestedOutput("probabilities")]
+
+    assert triton.is_server_live()
+    assert triton.is_server_ready()
+    assert triton.is_model_ready("classifier")
+    assert triton.get_model_metadata("classifier")["inputs"][0]["datatype"] == "UINT8"
+    assert "binary_tensor_data" in triton.get_server_metadata()["extensions"]
+    for tensor in (as_input(np.stack(decoded), "UINT8"), as_input(encoded, "BYTES")):
+        answer = triton.infer(
+            "classifier",
+            [tensor],
+            outputs=wanted,
+            request_id="mine",
+            request_compression_algorithm=compression,
+            response_compression_algorithm=compression,
+        )
+        assert [name.decode() for name in answer.as_numpy("class")] == list(CLASSES)
+        assert answer.as_numpy("probabilities").shape == (3, 3)
+        assert answer.as_numpy("probabilities").sum(1) == pytest.approx(1, abs=1e-5)
+        assert answer.get_response()["id"] == "mine"
+
+
+def test_a_triton_client_is_told_what_is_wrong(triton: InferenceServerClient) -> None:
+    broken = as_input(np.array([b"no image"], dtype=object), "BYTES")
+    with pytest.raises(InferenceServerException, match="not an image"):
+        triton.infer("classifier", [broken])
+    floats = as_input(np.zeros((1, 8, 8, 1), np.float32), "FP32")
+    with pytest.raises(InferenceServerException, match="images are UINT8 pixels"):
+        triton.infer("classifier", [floats])
+    with pytest.raises(InferenceServerException, match="no model other"):
+        triton.infer("other", [broken])
+
+
+def test_an_answer_that_comes_too_late_is_not_waited_for(
+    http: httpx.Client, images: dict[str, bytes]
+) -> None:
+    late = http.post("/predict", content=images["low"], headers=PNG | {"x-timeout-ms": "0.001"})
+    wrong = http.post("/predict", content=images["low"], headers=PNG | {"x-timeout-ms": "soon"})
+    good = http.post("/predict", content=images["low"], headers=PNG | {"x-timeout-ms": "20000"})
+
+    assert (late.status_code, late.json()["error"]["code"]) == (408, "deadline_exceeded")
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (422, "bad_timeout")
+    assert good.status_code == 200
 
 
 def test_the_api_describes_itself(http: httpx.Client) -> None:
