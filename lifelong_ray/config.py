@@ -396,7 +396,7 @@ Measured = Literal[
     "accuracy_difference",
     "accuracy_difference_low",
     "agreement",
-    "correction_difference",
+    "correction_ratio",
     "error_share",
     "latency_ratio",
     "p99_ms",
@@ -409,7 +409,7 @@ class MetricConfig(_Branch):
     measure: Measured = Field(
         description="What is measured: the candidate's accuracy less stable's on audit labels, or "
         "the lower bound of that; the share of compared requests answered alike; corrections per "
-        "request, less stable's; the share of requests that failed; the 99th percentile inside "
+        "request, over stable's; the share of requests that failed; the 99th percentile inside "
         "the model, over stable's or in milliseconds."
     )
     interval: PositiveSeconds = Field(10.0, description="Seconds from measurement to measurement.")
@@ -525,6 +525,19 @@ class RolloutConfig(_Branch):
     )
     min_labelled_pairs: int = Field(
         50, gt=0, description="Audit labels that a promotion needs at least."
+    )
+    evidence: Literal["audit", "corrections"] = Field(
+        "audit",
+        description="What a promotion rests on: labels of the audit share, or, where nobody gives "
+        "any, how often users correct either version.",
+    )
+    max_correction_ratio: float = Field(
+        1.25,
+        gt=1,
+        description="Corrections per request over stable's at which the candidate counts as worse.",
+    )
+    min_corrections: int = Field(
+        50, gt=0, description="Corrections of either version that a promotion needs at least."
     )
     max_error_share: Share = Field(0.02, description="Candidate errors that abort.")
     max_latency_ratio: float = Field(

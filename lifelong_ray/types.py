@@ -126,6 +126,7 @@ class ServedRequest:
         variant: The arm of the rollout the request was assigned to.
         class_name: The answer.
         audit: Whether the answer belongs to the random audit share.
+        at_s: Unix time of the answer, to the millisecond.
     """
 
     request_id: str
@@ -133,6 +134,7 @@ class ServedRequest:
     variant: str
     class_name: str
     audit: bool
+    at_s: float
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,14 @@ Knows nothing of models, HTTP or Ray; `learning` and `release` know nothing of i
 
 from lifelong_ray.feedback.curation import Curation, curate, is_holdout
 from lifelong_ray.feedback.drift import DriftReport, detect_drift
-from lifelong_ray.feedback.identity import RequestIds, Secrets, load_secrets, pseudonym, uuid7
+from lifelong_ray.feedback.identity import (
+    RequestIds,
+    Secrets,
+    load_secrets,
+    pseudonym,
+    read_request_id,
+    uuid7,
+)
 from lifelong_ray.feedback.images import (
     CleanImage,
     content_hash,
@@ -50,6 +57,7 @@ __all__ = [
     "read_feedback",
     "read_images",
     "read_predictions",
+    "read_request_id",
     "take_snapshot",
     "to_model_input",
     "uuid7",

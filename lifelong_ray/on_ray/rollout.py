@@ -10,25 +10,34 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ray import serve
 
 from lifelong_ray.config import Config, config_from
-from lifelong_ray.feedback import LogTail, uuid7
+from lifelong_ray.feedback import LogTail, read_request_id, uuid7
 from lifelong_ray.release import (
+    Corrections,
     FrontReport,
     Observation,
     Pairs,
     ReleaseDesk,
     Rollout,
     advance,
+    count_corrections,
     count_pairs,
 )
 from lifelong_ray.storage import Store, open_store
-from lifelong_ray.types import Comparison, ConflictError, Feedback, LifelongError
+from lifelong_ray.types import (
+    BadRequestIdError,
+    Comparison,
+    ConflictError,
+    Feedback,
+    LifelongError,
+    ServedRequest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,24 +68,45 @@ class Evidence:
         self._audited: list[Comparison] = []
         self._votes: list[Feedback] = []
         self._pairs = Pairs()
+        self._labelled: set[str] = set()
+        self.corrections = Corrections()
 
     @property
     def agreement(self) -> float | None:
         """Share of the compared requests that both versions answered alike."""
         return self._num_alike / self._num_compared if self._num_compared else None
 
-    def poll(self) -> Pairs:
-        """Read what is new and return the counts of all labelled pairs."""
+    def poll(self, weights: Sequence[tuple[float, int]]) -> Pairs:
+        """Read what is new and return the counts of all labelled pairs.
+
+        Args:
+            weights: The rollout's, by which corrections are counted.
+        """
         rows = [r for r in self._comparisons_tail.poll() if r.rollout_id == self._rollout_id]
         self._num_compared += len(rows)
         self._num_alike += sum(row.stable_class == row.candidate_class for row in rows)
         audited = [row for row in rows if row.audit]
-        votes = [vote for vote in self._feedback_tail.poll() if vote.audit]
+        labels = [row for row in self._feedback_tail.poll() if row.kind == "feedback"]
+        self.corrections += count_corrections(self._corrected(labels), weights)
+        votes = [vote for vote in labels if vote.audit]
         if audited or votes:
             self._audited += audited
             self._votes += votes
             self._pairs = count_pairs(self._audited, self._votes, self._rollout_id)
         return self._pairs
+
+    def _corrected(self, labels: Sequence[Feedback]) -> Iterator[ServedRequest]:
+        """Answers that their first label contradicts."""
+        for row in sorted(labels, key=lambda row: (row.at_s, row.feedback_id)):
+            if row.request_id in self._labelled:
+                continue
+            self._labelled.add(row.request_id)
+            try:
+                answer = read_request_id(row.request_id)
+            except BadRequestIdError:
+                continue  # A row that nobody should have written must not stop the release.
+            if answer.class_name != row.label:
+                yield answer
 
 
 class Controller:
@@ -146,12 +176,14 @@ class Controller:
         }
 
     def _observe(self, rollout: Rollout | None) -> Observation:
+        corrections = Corrections()
         if rollout is None:
             self._evidence, self._pairs = None, Pairs()
         else:
             if self._evidence is None or self._evidence[0] != rollout.id:
                 self._evidence = rollout.id, Evidence(self._store, rollout, self._now_s)
-            self._pairs = self._evidence[1].poll()
+            self._pairs = self._evidence[1].poll(rollout.weights)
+            corrections = self._evidence[1].corrections
         with self._lock:
             fresh_s = self._now_s() - self._config.rollout.heartbeat_timeout_s
             slot_ready = rollout is not None and any(
@@ -164,6 +196,7 @@ class Controller:
                 pairs=self._pairs,
                 slot_ready=slot_ready,
                 agreement=self._evidence[1].agreement if self._evidence else None,
+                corrections=corrections,
             )
 
     def _live_fronts(self) -> tuple[FrontReport, ...]:

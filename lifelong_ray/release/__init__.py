@@ -5,6 +5,12 @@ Pure decisions over frozen records, and two thin classes that keep the records i
 HTTP or Ray.
 """
 
+from lifelong_ray.release.corrections import (
+    Corrections,
+    CorrectionVerdict,
+    count_corrections,
+    judge_corrections,
+)
 from lifelong_ray.release.desk import DOCUMENT_KEY, ReleaseDesk
 from lifelong_ray.release.document import (
     Event,
@@ -46,6 +52,8 @@ __all__ = [
     "LATENCY_BOUNDS_MS",
     "Assignment",
     "Check",
+    "CorrectionVerdict",
+    "Corrections",
     "Counter",
     "Event",
     "FrontReport",
@@ -66,10 +74,12 @@ __all__ = [
     "advance",
     "assign",
     "confidence_sequence",
+    "count_corrections",
     "count_pairs",
     "e_inferior",
     "e_not_inferior",
     "judge_base",
+    "judge_corrections",
     "judge_evidence",
     "judge_update",
     "latency_quantile_ms",

@@ -11,10 +11,14 @@ Knows nothing of requests or time, and takes no decision about a rollout.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lifelong_ray.release.evidence import log_wealth
+from lifelong_ray.types import ServedRequest
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,87 @@ class Corrections:
         above = sum(c * (100 - w) / (c + s) for w, (c, s) in self.by_weight.items() if c + s)
         below = sum(s * w / (c + s) for w, (c, s) in self.by_weight.items() if c + s)
         return above / below if below else None
+
+    def __add__(self, other: Corrections) -> Corrections:
+        together = dict(self.by_weight)
+        for weight, (candidate, stable) in other.by_weight.items():
+            mine = together.get(weight, (0, 0))
+            together[weight] = mine[0] + candidate, mine[1] + stable
+        return Corrections(together)
+
+
+@dataclass(frozen=True)
+class CorrectionVerdict:
+    """What corrections say about a candidate.
+
+    Attributes:
+        decision: ``not_inferior`` allows a promotion, ``inferior`` asks for an abort,
+            ``undecided`` for more corrections.
+        reason: One readable sentence with the numbers.
+        log_e_not_inferior: Log of the evidence against "corrected too often".
+        log_e_inferior: Log of the evidence against "not corrected too often".
+    """
+
+    decision: Literal["not_inferior", "inferior", "undecided"]
+    reason: str
+    log_e_not_inferior: float
+    log_e_inferior: float
+
+
+def judge_corrections(
+    corrections: Corrections, *, alpha: float, limit: float, least: int
+) -> CorrectionVerdict:
+    """Say what corrections prove about the candidate, with the reason.
+
+    Args:
+        corrections: All of the rollout so far.
+        alpha: Largest share of candidates corrected too often that are called not inferior.
+        limit: Corrections per request over stable's that are too many.
+        least: Fewer corrections never allow a promotion.
+
+    >>> judge_corrections(Corrections({50: (3, 4)}), alpha=0.05, limit=1.25, least=50).reason
+    '7 of 50 corrections seen'
+    """
+    needed = math.log(1 / alpha)
+    good = log_e_not_corrected_more(corrections, limit)
+    bad = log_e_corrected_more(corrections, limit)
+    ratio = corrections.ratio
+    times = "?" if ratio is None else f"{ratio:.2f}"
+    told = f"{corrections.total} corrections, {times} times as many per request as of stable"
+    if bad >= needed:
+        return CorrectionVerdict(
+            "inferior", f"corrected more than {limit:g} times as often: {told}", good, bad
+        )
+    if corrections.total < least:
+        return CorrectionVerdict(
+            "undecided", f"{corrections.total} of {least} corrections seen", good, bad
+        )
+    if good >= needed:
+        return CorrectionVerdict(
+            "not_inferior", f"not corrected {limit:g} times as often or more: {told}", good, bad
+        )
+    reason = f"undecided about corrections: {told}; {limit:g} times would be too many"
+    return CorrectionVerdict("undecided", reason, good, bad)
+
+
+def count_corrections(
+    corrected: Iterable[ServedRequest], weights: Sequence[tuple[float, int]]
+) -> Corrections:
+    """Sort corrected answers by the weight that the candidate had when they were given.
+
+    Args:
+        corrected: Answers that a label contradicts, each once.
+        weights: Unix time from which the candidate had which weight, in order.
+    """
+    since = [at_s for at_s, _ in weights]
+    counts: dict[int, list[int]] = {}
+    for request in corrected:
+        place = bisect_right(since, request.at_s) - 1
+        weight = weights[place][1] if place >= 0 else 0
+        if 0 < weight < 100:
+            of_candidate = request.variant == "candidate"
+            counts.setdefault(weight, [0, 0])[0 if of_candidate else 1] += 1
+    return Corrections({weight: (c, s) for weight, (c, s) in counts.items()})
 
 
 def log_e_not_corrected_more(corrections: Corrections, limit: float) -> float:

@@ -93,6 +93,7 @@ class Rollout(Record):
         step_started_at_s: Unix time at which the step came into force.
         step_baseline: (requests, errors) of the candidate by front when the step began.
         latency_accepted: An operator resumed it in spite of its latency.
+        weights: Unix time from which the candidate had which weight, in order.
         in_step: The looks at the metrics of the step in force.
         throughout: Those at the metrics of the whole rollout.
         accepted: Analyses that did not decide and that an operator accepted: `step` until the
@@ -115,6 +116,7 @@ class Rollout(Record):
     step_started_at_s: float
     step_baseline: dict[str, tuple[int, int]] = Field(default_factory=dict)
     latency_accepted: bool = False
+    weights: tuple[tuple[float, int], ...] = ()
     in_step: tuple[MetricRun, ...] = ()
     throughout: tuple[MetricRun, ...] = ()
     accepted: tuple[Literal["step", "rollout"], ...] = ()

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from lifelong_ray.config import Measured, RolloutConfig
 from lifelong_ray.release.analysis import Outcome, measured, outcome
+from lifelong_ray.release.corrections import Corrections, CorrectionVerdict, judge_corrections
 from lifelong_ray.release.document import Event, PauseCause, ReleaseDocument, Rollout
 from lifelong_ray.release.evidence import Pairs, Verdict, judge_evidence
 from lifelong_ray.release.fronts import Counter, FrontReport, latency_quantile_ms, total
@@ -56,8 +57,7 @@ class Observation:
         slot_ready: Whether a slot has the candidate of the document's rollout warm.
         agreement: Share of the compared requests that both versions answered alike; None
             without any.
-        correction_difference: Corrections per request of the candidate, less those of stable;
-            None where that cannot be said.
+        corrections: Of answers that the document's rollout had either version give.
     """
 
     now_s: float
@@ -65,7 +65,7 @@ class Observation:
     pairs: Pairs
     slot_ready: bool
     agreement: float | None = None
-    correction_difference: float | None = None
+    corrections: Corrections = Corrections()  # noqa: RUF009 - frozen
 
 
 def assign(document: ReleaseDocument, key: str, override: str | None = None) -> Assignment:
@@ -159,6 +159,13 @@ class _Decider:
             margin=config.margin,
             min_labelled_pairs=config.min_labelled_pairs,
         )
+        self.by_users: CorrectionVerdict = judge_corrections(
+            observation.corrections,
+            alpha=config.alpha,
+            limit=config.max_correction_ratio,
+            least=config.min_corrections,
+        )
+        self.evidence = self.verdict if config.evidence == "audit" else self.by_users
         lease = document.lease
         self.who = f"controller {lease.holder}" if lease is not None else "controller"
         self._look()
@@ -200,7 +207,7 @@ class _Decider:
             "accuracy_difference": pairs.difference if labelled else None,
             "accuracy_difference_low": self.verdict.interval.low if labelled else None,
             "agreement": self.observation.agreement,
-            "correction_difference": self.observation.correction_difference,
+            "correction_ratio": self.observation.corrections.ratio,
             "error_share": seen.errors / seen.requests if seen.requests else None,
             "latency_ratio": slow / usual if slow and usual else None,
             "p99_ms": slow,
@@ -243,9 +250,9 @@ class _Decider:
             return self._hold(waiting, cause=cause)
         if promotion is None and not rollout.is_at_last_step:
             return self._next_step()
-        if self.verdict.decision != "not_inferior":
-            return self._hold(self.verdict.reason, cause="evidence")
-        return self._promote_once_warm(self.verdict.reason)
+        if self.evidence.decision != "not_inferior":
+            return self._hold(self.evidence.reason, cause="evidence")
+        return self._promote_once_warm(self.evidence.reason)
 
     def _reason_to_abort(self) -> str | None:
         step = self.rollout.step
@@ -260,7 +267,7 @@ class _Decider:
         for _, phase, why in self._analyses():
             if phase == "Failed":
                 return f"analysis failed: {why}"
-        return self.verdict.reason if self.verdict.decision == "inferior" else None
+        return self.evidence.reason if self.evidence.decision == "inferior" else None
 
     def _analyses(self) -> list[tuple[str, Outcome, str]]:
         """The analyses under way: of the step, and of the rollout."""
@@ -327,6 +334,7 @@ class _Decider:
                 "step_started_at_s": self.observation.now_s,
                 "step_baseline": rollout.step_baseline
                 | _counts_by_front(rollout.candidate, self.observation.fronts),
+                "weights": (*rollout.weights, (self.observation.now_s, weight)),
                 "in_step": (),
                 "accepted": tuple(name for name in rollout.accepted if name != "step"),
                 "message": "step begun",
@@ -401,6 +409,10 @@ class _Decider:
             "accuracy_difference_high": verdict.interval.high,
             "log_e_not_inferior": verdict.log_e_not_inferior,
             "log_e_inferior": verdict.log_e_inferior,
+            "evidence": self.config.evidence,
+            "corrections": self.observation.corrections.total,
+            "correction_ratio": self.observation.corrections.ratio,
+            "log_e_corrections_not_inferior": self.by_users.log_e_not_inferior,
             "alpha": self.config.alpha,
             "margin": self.config.margin,
             "step_requests": self.in_step.requests,

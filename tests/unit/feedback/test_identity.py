@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifelong_ray.feedback import RequestIds, load_secrets, pseudonym, uuid7
+from lifelong_ray.feedback import RequestIds, load_secrets, pseudonym, read_request_id, uuid7
 from lifelong_ray.storage import LocalStore, Store
 from lifelong_ray.types import BadRequestIdError, ConfigError, ServedRequest
 
@@ -28,7 +28,9 @@ def test_an_id_proves_what_was_answered(
 ) -> None:
     request_id = IDS.issue(1_700_000_000.0, version, variant, class_name, audit)
 
-    assert IDS.verify(request_id) == ServedRequest(request_id, version, variant, class_name, audit)
+    served = ServedRequest(request_id, version, variant, class_name, audit, 1_700_000_000.0)
+    assert IDS.verify(request_id) == served
+    assert read_request_id(request_id) == served
     assert request_id.isascii()
     assert set(request_id) <= set(
         "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
@@ -146,3 +148,11 @@ def test_damaged_secrets_say_what_to_do(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"secrets\.json .* is damaged"):
         load_secrets(LocalStore(tmp_path), {})
+
+
+@given(st.text(max_size=60))
+def test_what_is_no_id_is_not_read(text: str) -> None:
+    try:
+        assert read_request_id(text).request_id == text
+    except BadRequestIdError:
+        return

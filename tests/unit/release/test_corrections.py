@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from lifelong_ray.release.corrections import (
     Corrections,
+    count_corrections,
+    judge_corrections,
     log_e_corrected_more,
     log_e_not_corrected_more,
 )
+from lifelong_ray.types import ServedRequest
 
 LIMIT = 1.25
 
@@ -90,3 +93,38 @@ def test_the_ratio_is_that_of_corrections_per_request() -> None:
 def test_counts_that_are_none_are_refused(by_weight: dict[int, tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match="corrections at a weight"):
         Corrections(by_weight)
+
+
+# ---------------------------------------------------------------- counting and judging
+
+
+def corrected(at_s: float, variant: str) -> ServedRequest:
+    return ServedRequest(f"{at_s}", "v1", variant, "cat", False, at_s)
+
+
+def test_a_correction_counts_under_the_weight_at_the_time_of_its_answer() -> None:
+    weights = [(100.0, 0), (110.0, 5), (120.0, 50), (130.0, 100)]
+    answers = [
+        corrected(at_s, variant)
+        for at_s in (90.0, 105.0, 111.0, 119.9, 120.0, 131.0)
+        for variant in ("stable", "candidate")
+    ]
+
+    assert count_corrections(answers, weights) == Corrections({5: (2, 2), 50: (1, 1)})
+
+
+def test_counts_add_up_weight_by_weight() -> None:
+    one, other = Corrections({5: (1, 2), 20: (0, 1)}), Corrections({5: (3, 4)})
+
+    assert one + other == Corrections({5: (4, 6), 20: (0, 1)})
+
+
+@pytest.mark.parametrize(
+    ("counts", "decision"),
+    [((10, 30), "undecided"), ((40, 120), "not_inferior"), ((90, 30), "inferior")],
+)
+def test_a_verdict_says_what_it_rests_on(counts: tuple[int, int], decision: str) -> None:
+    verdict = judge_corrections(Corrections({50: counts}), alpha=0.05, limit=LIMIT, least=50)
+
+    assert verdict.decision == decision
+    assert f"{sum(counts)} " in verdict.reason

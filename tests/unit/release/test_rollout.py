@@ -8,6 +8,7 @@ import pytest
 
 from lifelong_ray.config import RolloutConfig, StepConfig
 from lifelong_ray.release import (
+    Corrections,
     Counter,
     Event,
     FrontReport,
@@ -787,3 +788,46 @@ def test_what_was_measured_is_in_the_document_for_whoever_goes_on() -> None:
 
     assert rollout_of(again).in_step == rollout_of(document).in_step
     assert rollout_of(again).in_step[0].last[0].value == 0.0
+
+
+# -- corrections ------------------------------------------------------------------------------
+
+BY_USERS = RolloutConfig(evidence="corrections")
+
+
+def corrected(document: ReleaseDocument, counts: tuple[int, int]) -> Observation:
+    front = a_front(document, requests=1_000)
+    return replace(seeing(front), corrections=Corrections({50: counts}))
+
+
+def test_without_audit_labels_few_corrections_promote_a_candidate() -> None:
+    document = at_step(3)
+
+    document, events = advance(document, corrected(document, (40, 120)), BY_USERS)
+
+    assert whats(events) == ["promoted"]
+    assert document.stable == "v1.1"
+    assert events[-1].evidence["correction_ratio"] == pytest.approx(1 / 3)
+
+
+def test_many_corrections_take_a_candidate_back_at_any_step() -> None:
+    document = at_step(1)
+
+    document, events = advance(document, corrected(document, (90, 30)), BY_USERS)
+
+    assert whats(events) == ["aborted"]
+
+
+def test_corrections_neither_promote_nor_abort_where_audit_labels_are_the_evidence() -> None:
+    for counts in ((40, 120), (90, 30)):
+        document = at_step(3)
+        document, _ = advance(document, corrected(document, counts), CONFIG)
+        assert rollout_of(document).paused_by == "evidence"
+
+
+def test_the_document_remembers_which_weight_held_when() -> None:
+    document = at_step(1, weights=((900.0, 0), (950.0, 5)))
+
+    document, _ = advance(document, seeing(a_front(document, requests=100)), CONFIG)
+
+    assert rollout_of(document).weights == ((900.0, 0), (950.0, 5), (1_000.0, 20))
