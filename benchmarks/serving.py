@@ -85,12 +85,14 @@ class Server:
         arguments: Of the environment's Python, with {port} and {config} to be filled in.
         environment: Folder of its virtual environment, below the project.
         path: Where it takes images.
+        field: The multipart field in which it takes them; empty means as the body.
         variables: Added to the process's environment.
     """
 
     arguments: tuple[str, ...]
     environment: str = ".venv"
     path: str = "/predict"
+    field: str = ""
     variables: tuple[tuple[str, str], ...] = ()
 
 
@@ -103,10 +105,11 @@ SERVERS = {
     "ray": Server((*_RAY, "{ray_config}"), variables=tuple(_FAST_SERVE.items())),
     "fastapi": Server(_UVICORN, ".venv-peers/fastapi"),
     "fastapi_batch": Server(_UVICORN, ".venv-peers/fastapi", "/batched"),
-    "litserve": Server(("litserve_app.py",), ".venv-peers/litserve"),
+    "litserve": Server(("litserve_app.py",), ".venv-peers/litserve", field="image"),
     "bentoml": Server(
         ("-m", "bentoml", "serve", "bentoml_app:Classifier", "--port", "{port}"),
         ".venv-peers/bentoml",
+        field="images",
     ),
 }
 
@@ -202,14 +205,26 @@ def _measured(
     server: Server, case: Case, config: Config, folder: Path, counts: list[int], seconds: float
 ) -> dict[int, Load]:
     """Start a server, ask it with so many connections one after another, and end it."""
-    kind = f"image/{case.encoding.lower()}"
-    requests = [post(server.path, body, kind) for body in _bodies(case)]
+    requests = [_request(server, case, body) for body in _bodies(case)]
     with _running(server, case, config, folder) as port:
         _until_it_answers(port, requests[0])
         return {
             count: asyncio.run(drive(port, requests, connections=count, seconds=seconds))
             for count in counts
         }
+
+
+def _request(server: Server, case: Case, body: bytes) -> bytes:
+    kind = f"image/{case.encoding.lower()}"
+    if not server.field:
+        return post(server.path, body, kind)
+    boundary = "a-line-that-no-image-has"
+    head = (
+        f"--{boundary}\r\ncontent-disposition: form-data; "
+        f'name="{server.field}"; filename="image"\r\ncontent-type: {kind}\r\n\r\n'
+    )
+    form = head.encode() + body + f"\r\n--{boundary}--\r\n".encode()
+    return post(server.path, form, f"multipart/form-data; boundary={boundary}")
 
 
 @contextmanager

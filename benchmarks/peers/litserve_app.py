@@ -1,6 +1,7 @@
-"""LitServe with its batching: decode, batch, predict, unbatch, encode."""
+"""LitServe with its batching: decode, batch, predict, unbatch, encode.
 
-from __future__ import annotations
+Without postponed annotations: LitServe reads them at run time. Images come as a multipart field.
+"""
 
 import os
 from typing import Any
@@ -16,8 +17,8 @@ class Api(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self._model = Model()
 
-    async def decode_request(self, request: Request) -> Any:
-        return self._model.decode(await request.body())
+    def decode_request(self, request: Request) -> Any:
+        return self._model.decode(request["image"].file.read())
 
     def predict(self, images: Any) -> Any:
         return self._model.predict(list(images))

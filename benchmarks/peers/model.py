@@ -41,7 +41,11 @@ class Model:
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         """(C, H, W) of an encoded image."""
         with Image.open(io.BytesIO(data)) as opened:
-            image = opened.convert(self._mode)
+            return self.fit(opened)
+
+    def fit(self, opened: Image.Image) -> NDArray[np.uint8]:
+        """(C, H, W) of an image, which is decoded here."""
+        image = opened.convert(self._mode)
         if image.size != (self._size, self._size):
             image = image.resize((self._size, self._size), Image.Resampling.BILINEAR)
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
