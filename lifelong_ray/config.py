@@ -24,6 +24,7 @@ from lifelong_ray.types import ConfigError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
+Precision = Literal["fp32", "bf16", "int8"]
 
 
 class _Branch(BaseModel):
@@ -591,7 +592,7 @@ class OffPeakConfig(_Branch):
 
 
 class AutoscalingConfig(_Branch):
-    """Replicas of one deployment."""
+    """Replicas of one deployment, and how they compute."""
 
     min_replicas: int = Field(1, ge=0, description="Fewest replicas; 0 lets it go to sleep.")
     max_replicas: int = Field(2, gt=0, description="Most replicas.")
@@ -614,6 +615,11 @@ class AutoscalingConfig(_Branch):
     )
     num_cpus: float = Field(0.2, ge=0, description="CPUs reserved per replica.")
     num_gpus: float = Field(0.0, ge=0, description="GPUs reserved per replica; may be a fraction.")
+    precision: Precision = Field(
+        "fp32",
+        description="Arithmetic of the answers. A version answers in bf16 or int8 only if it "
+        "passed the gate in it, so train with the same setting; else it answers in fp32.",
+    )
 
     @model_validator(mode="after")
     def _has_bounds(self) -> Self:
@@ -651,6 +657,12 @@ class ServingConfig(_Branch):
     )
     shadow_queue: int = Field(64, ge=0, description="Copies waiting for a slot; beyond, dropped.")
     top_k: int = Field(5, gt=0, description="Classes listed in an answer.")
+
+    @property
+    def precisions_to_prove(self) -> tuple[Precision, ...]:
+        """Precisions that answers are given in and that are not the one of training."""
+        used: set[Precision] = {self.front.precision, self.slot.precision}
+        return tuple(sorted(used - {"fp32"}))
 
 
 class TrainingConfig(_Branch):

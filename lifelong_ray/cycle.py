@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 import lifelong_ray
-from lifelong_ray.config import Config, config_from
+from lifelong_ray.config import Config, Precision, config_from
 from lifelong_ray.datasets import LabelledImages, natural_order
 from lifelong_ray.examples import (
     arrays_of,
@@ -31,7 +32,7 @@ from lifelong_ray.examples import (
     write_examples,
 )
 from lifelong_ray.feedback import uuid7
-from lifelong_ray.fitting import FitJob, FitOutcome, Trainer
+from lifelong_ray.fitting import Arrays, FitJob, FitOutcome, Trainer
 from lifelong_ray.learning import Learner, Predictor
 from lifelong_ray.release import (
     GateReport,
@@ -41,6 +42,7 @@ from lifelong_ray.release import (
     ReleaseDesk,
     judge_base,
     judge_update,
+    refused,
 )
 from lifelong_ray.storage import Store
 from lifelong_ray.types import (
@@ -48,6 +50,7 @@ from lifelong_ray.types import (
     DataError,
     Example,
     Json,
+    LearningError,
     NotFoundError,
     RolloutError,
     VersionError,
@@ -64,6 +67,7 @@ class CycleReport:
     """What one turn of the loop did, as JSON under ``runs/<id>/report.json``.
 
     `released` says whether the version was offered; if not, `why_not_released` has the reason.
+    `gate_at` has the gate's checks at the precisions of serving that are not that of training.
     """
 
     run_id: str
@@ -84,6 +88,7 @@ class CycleReport:
     gate: Json
     released: bool
     why_not_released: str
+    gate_at: Mapping[str, Json] = field(default_factory=dict)
 
     def to_json(self) -> Json:
         """Plain values."""
@@ -278,6 +283,7 @@ def carry_out(
             run_id=run_id,
             snapshot_id=turn.snapshot_id,
             gate=judged[path].gate,
+            gate_at=judged[path].gate_at,
             metrics=judged[path].metrics(),
             config=job.config.model_dump(mode="json"),
             code_version=lifelong_ray.__version__,
@@ -316,6 +322,7 @@ def carry_out(
         gate=judged[path].gate.model_dump(mode="json"),
         released=not why_not,
         why_not_released=why_not,
+        gate_at={p: gate.model_dump(mode="json") for p, gate in judged[path].gate_at.items()},
     )
     _write_json(store, f"runs/{run_id}/report.json", report.to_json())
     return report
@@ -357,11 +364,13 @@ class Judged:
 
     Attributes:
         gate: The checks.
+        gate_at: The same checks by precision, where answers are given in another than training's.
         accuracy: Over all hold-out images.
         scores: Probabilities by image and class: what drift is measured against.
     """
 
     gate: GateReport
+    gate_at: dict[str, GateReport]
     accuracy: float
     scores: list[list[float]]
 
@@ -385,6 +394,9 @@ def judge(
 ) -> Judged:
     """Score a candidate and its parent on the same hold-out and ask the gate.
 
+    At the precisions that answers are served in the candidate alone is scored anew: it is held
+    against what its parent could do in full.
+
     Raises:
         DataError: If there is no hold-out to judge by.
     """
@@ -395,22 +407,33 @@ def judge(
         )
     candidate = Learner.from_files(files)
     held = arrays_of(holdout, candidate.class_names, config.model)
-    scores = Predictor(candidate).predict(held.images).probabilities
-    if parent_files is None:
-        gate = judge_base(held.labels, scores, candidate.class_names, config.gate)
-    else:
-        parent = Learner.from_files(parent_files)
-        parent_scores = Predictor(parent).predict(held.images).probabilities
-        gate = judge_update(
-            held.labels,
-            parent_scores,
-            scores,
-            parent.class_names,
-            candidate.class_names,
-            config.gate,
-        )
-    accuracy = float((scores.argmax(1) == held.labels).mean())
-    return Judged(gate, accuracy, np.round(scores, 4).tolist())
+    parent = Learner.from_files(parent_files) if parent_files is not None else None
+    parent_scores = _scores(parent, held) if parent is not None else None
+
+    def gate(scores: NDArray[np.float32]) -> GateReport:
+        names = candidate.class_names
+        if parent is None or parent_scores is None:
+            return judge_base(held.labels, scores, names, config.gate)
+        known = parent.class_names
+        return judge_update(held.labels, parent_scores, scores, known, names, config.gate)
+
+    def gate_at(precision: Precision) -> GateReport:
+        try:
+            return gate(_scores(candidate, held, precision))
+        except LearningError as error:
+            return refused(f"answers_in_{precision}", str(error))
+
+    scores = _scores(candidate, held)
+    return Judged(
+        gate=gate(scores),
+        gate_at={precision: gate_at(precision) for precision in config.serving.precisions_to_prove},
+        accuracy=float((scores.argmax(1) == held.labels).mean()),
+        scores=np.round(scores, 4).tolist(),
+    )
+
+
+def _scores(learner: Learner, held: Arrays, precision: Precision = "fp32") -> NDArray[np.float32]:
+    return Predictor(learner, precision=precision).predict(held.images).probabilities
 
 
 def register_candidate(
@@ -450,6 +473,7 @@ def register_candidate(
             run_id=run_id,
             snapshot_id=snapshot.snapshot_id,
             gate=judged.gate,
+            gate_at=judged.gate_at,
             metrics=judged.metrics(),
             config=manifest.config,
             code_version=lifelong_ray.__version__,

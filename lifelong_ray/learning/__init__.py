@@ -25,7 +25,7 @@ from lifelong_ray.learning.lesson import Fit, FitReport, Labelled, Run
 from lifelong_ray.learning.live import LiveHead
 from lifelong_ray.learning.model import Classifier, build_model
 from lifelong_ray.learning.penalties import distillation_loss, ewc_penalty
-from lifelong_ray.learning.predict import Answers, Predictor
+from lifelong_ray.learning.predict import Answers, Predictor, remembered_images
 from lifelong_ray.learning.replay import ReplayMemory, endless_batches, mix_batches
 from lifelong_ray.learning.slow import fit_slow
 from lifelong_ray.learning.trainer import (
@@ -80,6 +80,7 @@ __all__ = [
     "forget",
     "keep_freed_memory",
     "mix_batches",
+    "remembered_images",
     "time_per_image",
     "train",
 ]

@@ -275,9 +275,9 @@ class _ConvStage(nn.Sequential):
 
     def forward(self, h: Tensor) -> Tensor:
         convolution, norm = self[0], self[1]
-        assert isinstance(convolution, nn.Conv2d)
         trains = torch.is_grad_enabled() or norm.training
-        if trains or not isinstance(norm, nn.BatchNorm2d):
+        # Of integers there is no other convolution to take it over.
+        if trains or not (isinstance(norm, nn.BatchNorm2d) and isinstance(convolution, nn.Conv2d)):
             for layer in self:
                 h = layer(h)
             return h

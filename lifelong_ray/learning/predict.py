@@ -6,13 +6,15 @@ Knows devices, precision and memory layout; does not know who asks, or how batch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lifelong_ray.config import Precision
 from lifelong_ray.learning.learner import Learner
+from lifelong_ray.learning.precision import lower_precision
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,46 @@ class Predictor:
     """A frozen copy of a learner's model on one device.
 
     Safe to use from several threads.
+
+    Attributes:
+        class_names: The classes.
+        precision: What it computes in.
+        lowered_share: Share of the trained weights held in fewer than 32 bits; see
+            `lower_precision`.
     """
 
     def __init__(
         self,
         learner: Learner,
         device: str = "cpu",
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Precision = "fp32",
+        *,
+        channels_last: bool = True,
     ) -> None:
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"the precision is {precision!r}; a predictor knows fp32 and bf16")
+        """Prepare the model.
+
+        Args:
+            learner: Stays as it is.
+            device: Where to answer.
+            precision: What to compute in.
+            channels_last: Lay images out by pixel and then by channel, as convolutions are
+                fastest; without it, by channel and then by pixel.
+
+        Raises:
+            LearningError: If nothing of the model can be int8, and int8 it should be.
+            ValueError: If there is no such precision.
+        """
+        if precision not in get_args(Precision):
+            known = ", ".join(get_args(Precision))
+            raise ValueError(f"the precision is {precision!r}; a predictor knows {known}")
         self.class_names = learner.class_names
+        self.precision = precision
         self._device = torch.device(device)
-        self._precision = precision
         self._temperature = learner.temperature
-        self._model = learner.model.copy().to(self._device).eval().requires_grad_(False)
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        model = learner.model.copy().to(self._device).to(memory_format=self._layout)
+        self._model = model.eval().requires_grad_(False)
+        self.lowered_share = lower_precision(self._model, precision, self._device)
         config = learner.model_config
         self._shape = (config.channels, config.image_size, config.image_size)
 
@@ -64,18 +91,38 @@ class Predictor:
         if not len(images):
             return Answers(np.zeros((0, len(self.class_names)), np.float32), self.class_names)
         # A copy: the caller's array may be read-only, which torch does not take.
-        batch = torch.tensor(images, device=self._device)
+        batch = torch.tensor(images, device=self._device).contiguous(memory_format=self._layout)
         with (
             torch.inference_mode(),
             torch.autocast(
-                self._device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16"
+                self._device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
             ),
         ):
             logits_NC = self._model(batch).float() / self._temperature
         probabilities = torch.softmax(logits_NC.double(), dim=1).float().cpu().numpy()
         return Answers(probabilities, self.class_names)
 
-    def warm_up(self, batch_sizes: tuple[int, ...] = (1, 32)) -> None:
-        """Answer blank batches, so that the first real one finds everything allocated."""
+    def warm_up(
+        self, batch_sizes: tuple[int, ...] = (1, 32), images: NDArray[np.uint8] | None = None
+    ) -> None:
+        """Answer some batches, so that the first real one finds everything allocated.
+
+        Args:
+            batch_sizes: One batch of each.
+            images: What they are of, repeated as often as needed; blank where there are none.
+        """
+        if images is None or not len(images):
+            images = np.zeros((1, *self._shape), np.uint8)
         for size in batch_sizes:
-            self.predict(np.zeros((size, *self._shape), np.uint8))
+            self.predict(np.resize(images, (size, *self._shape)))
+
+
+def remembered_images(learner: Learner, at_most: int) -> NDArray[np.uint8]:
+    """Return real images that the learner has kept, uint8 (N, channels, height, width).
+
+    There are none where it keeps features, or nothing.
+    """
+    config = learner.model_config
+    if learner.memory_stage or learner.memory.inputs.dtype != torch.uint8:
+        return np.zeros((0, config.channels, config.image_size, config.image_size), np.uint8)
+    return learner.memory.inputs[:at_most].numpy()

@@ -160,7 +160,9 @@ class Front:
         self.registry = Registry(store)
         self.desk = ReleaseDesk(store, now_s)
         self.log = LogWriter(store, config.feedback, f"front-{self.front_id[-12:]}", now_s)
-        self._warm = WarmVersions(self.registry, config.serving, now_s=now_s)
+        self._warm = WarmVersions(
+            self.registry, config.serving, now_s=now_s, precision=config.serving.front.precision
+        )
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="front")
         self._decode_small = Together(self._decoded, self._threads)
         self._counters: dict[str, Counter] = {}
@@ -318,6 +320,7 @@ class Front:
             "front_id": self.front_id,
             "doc_seq": self.document.seq,
             "warm_versions": list(self._warm.names),
+            "precisions": self._warm.precisions,
             "failed_versions": dict(self._warm.failures),
             "dropped_comparisons": self.dropped_comparisons + stats.dropped_comparisons,
             "dropped_predictions": stats.dropped_predictions,

@@ -100,7 +100,12 @@ class Slot:
         self._config = config_from(config_tree)
         store = open_store(self._config.store)
         self._desk = ReleaseDesk(store, time.time)
-        self._warm = WarmVersions(Registry(store), self._config.serving, now_s=time.time)
+        self._warm = WarmVersions(
+            Registry(store),
+            self._config.serving,
+            now_s=time.time,
+            precision=self._config.serving.slot.precision,
+        )
         self._controller = controller
         self._slot_id = str(uuid7(time.time()))
         self._follower = asyncio.create_task(self._follow())

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lifelong_ray.config import ServingConfig
+from lifelong_ray.config import Precision, ServingConfig
 from lifelong_ray.feedback import to_model_input
-from lifelong_ray.learning import Learner, Predictor
+from lifelong_ray.learning import Learner, Predictor, remembered_images
 from lifelong_ray.on_ray.batching import Answer, Batcher
-from lifelong_ray.release import Registry
-from lifelong_ray.types import Pixels, VersionError
+from lifelong_ray.release import Manifest, Registry
+from lifelong_ray.types import LearningError, Pixels, VersionError
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,14 @@ class WarmVersion:
         class_names: Its classes, in the order of its probabilities.
         image_size: Height and width of its input, pixels.
         channels: Channels of its input.
+        precision: What it answers in.
     """
 
     version: str
     class_names: tuple[str, ...]
     image_size: int
     channels: int
+    precision: Precision
     batcher: Batcher
 
     async def answer(self, pixels: Pixels) -> Answer:
@@ -49,13 +51,22 @@ class WarmVersion:
 
 
 class WarmVersions:
-    """Keeps the wanted versions in memory; loads in the background, one at a time."""
+    """Keeps the wanted versions in memory; loads in the background, one at a time.
+
+    Each answers in the wanted precision if it passed the gate in it, else in fp32.
+    """
 
     def __init__(
-        self, registry: Registry, config: ServingConfig, *, now_s: Callable[[], float]
+        self,
+        registry: Registry,
+        config: ServingConfig,
+        *,
+        now_s: Callable[[], float],
+        precision: Precision = "fp32",
     ) -> None:
         self._registry = registry
         self._config = config
+        self._precision = precision
         self._now_s = now_s
         self._held: dict[str, WarmVersion] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -69,6 +80,11 @@ class WarmVersions:
     def names(self) -> tuple[str, ...]:
         """The versions that can answer now."""
         return tuple(sorted(self._held))
+
+    @property
+    def precisions(self) -> dict[str, Precision]:
+        """What each of them answers in."""
+        return {version: self._held[version].precision for version in self.names}
 
     def get(self, version: str) -> WarmVersion:
         """Return a held version.
@@ -110,16 +126,17 @@ class WarmVersions:
             del self._loading[version]
 
     def _build(self, version: str) -> WarmVersion:
-        _, files = self._registry.load(version)
+        manifest, files = self._registry.load(version)
         learner = Learner.from_files(files)
-        # Ray shows a replica the GPU it reserved, and no other.
-        predictor = Predictor(learner, "cuda" if torch.cuda.is_available() else "cpu")
-        predictor.warm_up()
+        predictor = self._predictor(manifest, learner)
+        most = self._config.max_batch
+        predictor.warm_up((1, most), remembered_images(learner, most))
         return WarmVersion(
             version=version,
             class_names=learner.class_names,
             image_size=learner.model_config.image_size,
             channels=learner.model_config.channels,
+            precision=predictor.precision,
             batcher=Batcher(
                 lambda images: predictor.predict(images).probabilities,
                 self._inference,
@@ -128,3 +145,15 @@ class WarmVersions:
                 max_queue=self._config.max_queue,
             ),
         )
+
+    def _predictor(self, manifest: Manifest, learner: Learner) -> Predictor:
+        # Ray shows a replica the GPU it reserved, and no other.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        why_not = manifest.why_not_at(self._precision)
+        if not why_not:
+            try:
+                return Predictor(learner, device, self._precision)
+            except LearningError as error:  # Judged on a device that could.
+                why_not = str(error)
+        logger.warning("%s answers in fp32: %s", manifest.version, why_not)
+        return Predictor(learner, device)

@@ -37,7 +37,7 @@ from lifelong_ray.release.fronts import (
     FrontReport,
     latency_quantile_ms,
 )
-from lifelong_ray.release.gate import Check, GateReport, judge_base, judge_update
+from lifelong_ray.release.gate import Check, GateReport, judge_base, judge_update, refused
 from lifelong_ray.release.registry import Manifest, Registry
 from lifelong_ray.release.rollout import (
     Assignment,
@@ -84,4 +84,5 @@ __all__ = [
     "judge_update",
     "latency_quantile_ms",
     "needed_versions",
+    "refused",
 ]

@@ -77,6 +77,17 @@ class GateReport(BaseModel):
         return "; ".join(check.reason for check in self.checks if not _allows(check))
 
 
+def refused(name: str, reason: str) -> GateReport:
+    """The report on a version that could not even be asked.
+
+    Args:
+        name: What it lacks.
+        reason: One readable sentence.
+    """
+    check = Check(name=name, value=0.0, threshold=1.0, passed=False, reason=reason)
+    return GateReport(passed=False, checks=(check,), num_examples=0)
+
+
 def judge_base(
     labels: ArrayLike, scores_NC: ArrayLike, classes: Sequence[str], config: GateConfig
 ) -> GateReport:

@@ -43,6 +43,8 @@ class Manifest(BaseModel):
         snapshot_id: The log rows it was trained on; empty when there were none.
         files: SHA-256 (hex) by file name; filled in by `Registry.register`.
         gate: The checks it went through; None when it was never judged.
+        gate_at: The same checks by the precision that its answers were given in, where that was
+            not the one of training.
         metrics: Measured numbers.
         config: The settings of the run.
         code_version: The version of this package that made it.
@@ -60,9 +62,26 @@ class Manifest(BaseModel):
     snapshot_id: str = ""
     files: dict[str, str] = {}
     gate: GateReport | None = None
+    gate_at: dict[str, GateReport] = {}  # None in versions of before it was asked for.
     metrics: dict[str, Any] = {}
     config: dict[str, Any] = {}
     code_version: str = ""
+
+    def why_not_at(self, precision: str) -> str:
+        """Return why the version may not answer in a precision; empty where it may."""
+        if precision == "fp32":
+            return ""
+        report = self.gate_at.get(precision)
+        if report is None:
+            return (
+                f"{self.version} was not judged in {precision}; train with serving.front.precision "
+                "or serving.slot.precision set to it"
+            )
+        return (
+            ""
+            if report.passed
+            else f"the gate refused {self.version} in {precision}: {report.reason}"
+        )
 
 
 class Registry:

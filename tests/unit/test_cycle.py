@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from lifelong_ray import cycle
 from lifelong_ray.config import Config, config_from
 from lifelong_ray.cycle import (
     CycleReport,
@@ -30,7 +31,7 @@ from lifelong_ray.feedback import (
     take_snapshot,
 )
 from lifelong_ray.fitting import FitJob, FitOutcome, fit_alone
-from lifelong_ray.learning import Learner
+from lifelong_ray.learning import Answers, Learner, Predictor
 from lifelong_ray.release import Intent, Registry, ReleaseDesk
 from lifelong_ray.types import (
     DataError,
@@ -595,3 +596,79 @@ def test_a_name_that_another_run_takes_meanwhile_is_left_to_it(store: MemoryStor
 
     assert report.version == "v1.2"
     assert Registry(contested).load("v1.2")[0].run_id == "run-update"
+
+
+# ---------------------------------------------------------------- fewer bits
+
+
+def in_precisions(front: str, slot: str, widths: tuple[int, ...] = (8, 16)) -> Config:
+    model = CONFIG.model.model_copy(update={"widths": widths})
+    serving = CONFIG.serving
+    serving = serving.model_copy(
+        update={
+            "front": serving.front.model_copy(update={"precision": front}),
+            "slot": serving.slot.model_copy(update={"precision": slot}),
+        }
+    )
+    return CONFIG.model_copy(update={"model": model, "serving": serving})
+
+
+def first_version(config: Config) -> tuple[MemoryStore, CycleReport]:
+    store = MemoryStore()
+    images = bars(OLD, 25, seed=1)
+    report = run_base(config, store, fit_alone, images, run_id="run-base", now_s=Clock())
+    return store, report
+
+
+def test_the_gate_judges_at_every_precision_that_answers_are_given_in() -> None:
+    store, report = first_version(in_precisions("bf16", "fp32"))
+
+    manifest = Registry(store).manifest("v1")
+
+    assert list(manifest.gate_at) == list(report.gate_at) == ["bf16"]
+    assert manifest.gate_at["bf16"].passed
+    assert [c.name for c in manifest.gate_at["bf16"].checks] == [
+        c.name for c in manifest.gate.checks
+    ]
+    assert manifest.why_not_at("bf16") == manifest.why_not_at("fp32") == ""
+    assert read_report(store, "run-base") == report
+
+
+def test_an_update_is_held_against_its_parent_at_every_precision() -> None:
+    config = in_precisions("bf16", "bf16")
+    store, _ = first_version(config)
+    send(store, bars(NEW, 25, seed=2))
+
+    report = update(store, config=config)
+
+    checks = {check["name"] for check in report.gate_at["bf16"]["checks"]}
+    assert {"retention", "new_accuracy"} <= checks
+
+
+def test_a_version_that_is_bad_in_fewer_bits_is_released_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class RoundsBadly(Predictor):
+        def predict(self, images: np.ndarray) -> Answers:
+            answers = super().predict(images)
+            if self.precision == "fp32":
+                return answers
+            return replace(answers, probabilities=np.roll(answers.probabilities, 1, axis=1))
+
+    monkeypatch.setattr(cycle, "Predictor", RoundsBadly)
+
+    store, report = first_version(in_precisions("fp32", "bf16"))
+
+    manifest = Registry(store).manifest("v1")
+    assert report.released
+    assert not manifest.gate_at["bf16"].passed
+    assert "the gate refused v1 in bf16: accuracy" in manifest.why_not_at("bf16")
+
+
+def test_a_version_that_has_nothing_to_round_to_int8_is_refused_at_int8() -> None:
+    store, report = first_version(in_precisions("int8", "fp32", widths=(6, 12)))
+
+    assert report.gate_passed
+    assert "nothing of this model can answer in int8" in Registry(store).manifest("v1").why_not_at(
+        "int8"
+    )

@@ -575,6 +575,6 @@ def test_a_memory_is_told_how_to_choose(base: Fit) -> None:
         memory.without(torch.tensor([0.5]))
 
 
-def test_a_predictor_knows_two_precisions(base: Fit) -> None:
-    with pytest.raises(ValueError, match="precision is 'fp8'; a predictor knows fp32 and bf16"):
+def test_a_predictor_knows_three_precisions(base: Fit) -> None:
+    with pytest.raises(ValueError, match="precision is 'fp8'; a predictor knows fp32, bf16, int8"):
         Predictor(base.learner, precision="fp8")

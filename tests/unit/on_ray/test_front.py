@@ -664,6 +664,13 @@ def test_a_full_queue_drops_predictions_but_no_answers(store: MemoryStore) -> No
     run(play, disk, settings(feedback={"max_queue_bytes": 2_000}))
 
 
+def test_a_front_tells_what_each_version_answers_in(store: MemoryStore) -> None:
+    async def play(scene: Scene) -> None:
+        assert scene.front.status()["precisions"] == {"v1": "fp32"}
+
+    run(play, store, settings(serving={"front": {"precision": "bf16"}}))
+
+
 def test_feedback_is_in_the_log_when_it_is_acknowledged(store: MemoryStore) -> None:
     async def play(scene: Scene) -> None:
         served = await scene.answer("low")

@@ -1,5 +1,7 @@
 """Versions are immutable, complete or absent, and checked when they are read."""
 
+import json
+
 import pytest
 
 from lifelong_ray.release import Manifest, Registry
@@ -97,6 +99,19 @@ def test_a_version_does_not_exist_before_its_manifest() -> None:
     assert registry.versions() == []
     with pytest.raises(VersionError):
         registry.load("v1")
+
+
+def test_a_version_from_before_precisions_were_judged_answers_in_fp32_alone() -> None:
+    store = MemoryStore()
+    Registry(store).register(a_manifest(), FILES)
+    plain = json.loads(store.read("versions/v1/manifest.json"))
+    del plain["gate_at"]
+    store.objects["versions/v1/manifest.json"] = json.dumps(plain).encode()
+
+    manifest = Registry(store).manifest("v1")
+
+    assert manifest.why_not_at("fp32") == ""
+    assert "v1 was not judged in int8; train with" in manifest.why_not_at("int8")
 
 
 def test_an_unknown_version_is_answered_with_the_known_ones() -> None:
