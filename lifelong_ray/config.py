@@ -325,6 +325,28 @@ class UpdateConfig(_Branch):
     replay: ReplayConfig = ReplayConfig()
 
 
+class CascadeConfig(_Branch):
+    """A light model that answers where it is sure, and leaves the rest to the version's own."""
+
+    enabled: bool = Field(False, description="Whether one is trained at the end of a training.")
+    widths: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (8, 16), min_length=1, description="Channels per stage of the light ConvNet."
+    )
+    max_accuracy_loss: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.01,
+        description="Accuracy that the light model's answers may cost, held with 95 % confidence. "
+        "1 % needs 300 hold-out images to choose its threshold by, and as many to measure.",
+    )
+    min_light_share: Share = Field(
+        0.3, description="Share of the answers that makes it worth asking the light model at all."
+    )
+    distillation_weight: float = Field(
+        1.0, ge=0, description="Weight of the heavy model's answers beside the labels."
+    )
+    temperature: float = Field(2.0, gt=0, description="Softening of both models' answers.")
+    trainer: TrainerConfig = TrainerConfig(max_shift_px=0)
+
+
 class LearningConfig(_Branch):
     """How models are trained."""
 
@@ -332,6 +354,7 @@ class LearningConfig(_Branch):
     base: TrainerConfig = TrainerConfig()
     analytic: AnalyticConfig = AnalyticConfig()
     update: UpdateConfig = UpdateConfig()
+    cascade: CascadeConfig = CascadeConfig()
 
 
 class FeedbackConfig(_Branch):

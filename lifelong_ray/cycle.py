@@ -7,10 +7,11 @@ and its snapshot stay what they were. Does not know where training runs: `fit` i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +34,7 @@ from lifelong_ray.examples import (
 )
 from lifelong_ray.feedback import uuid7
 from lifelong_ray.fitting import Arrays, FitJob, FitOutcome, Trainer
-from lifelong_ray.learning import Learner, Predictor
+from lifelong_ray.learning import Calibration, Learner, Light, Predictor, calibrate, with_light
 from lifelong_ray.release import (
     GateReport,
     Intent,
@@ -67,7 +68,8 @@ class CycleReport:
     """What one turn of the loop did, as JSON under ``runs/<id>/report.json``.
 
     `released` says whether the version was offered; if not, `why_not_released` has the reason.
-    `gate_at` has the gate's checks at the precisions of serving that are not that of training.
+    `gate_at` has the gate's checks at the precisions of serving that are not that of training,
+    `cascade` when a light model answers and what that was measured to cost, if there is one.
     """
 
     run_id: str
@@ -89,6 +91,7 @@ class CycleReport:
     released: bool
     why_not_released: str
     gate_at: Mapping[str, Json] = field(default_factory=dict)
+    cascade: Json | None = None
 
     def to_json(self) -> Json:
         """Plain values."""
@@ -288,7 +291,7 @@ def carry_out(
             config=job.config.model_dump(mode="json"),
             code_version=lifelong_ray.__version__,
         ),
-        outcome.paths[path].files,
+        judged[path].files,
     )
     if not judged[path].gate.passed:
         why_not = "its gate refused it"
@@ -323,6 +326,7 @@ def carry_out(
         released=not why_not,
         why_not_released=why_not,
         gate_at={p: gate.model_dump(mode="json") for p, gate in judged[path].gate_at.items()},
+        cascade=judged[path].cascade(),
     )
     _write_json(store, f"runs/{run_id}/report.json", report.to_json())
     return report
@@ -363,12 +367,16 @@ class Judged:
     """A candidate on the hold-out.
 
     Attributes:
+        files: Of the version, with what is known of its light model.
+        calibration: When that one answers; None without one.
         gate: The checks.
         gate_at: The same checks by precision, where answers are given in another than training's.
         accuracy: Over all hold-out images.
         scores: Probabilities by image and class: what drift is measured against.
     """
 
+    files: Mapping[str, bytes]
+    calibration: Calibration | None
     gate: GateReport
     gate_at: dict[str, GateReport]
     accuracy: float
@@ -376,10 +384,16 @@ class Judged:
 
     def metrics(self) -> dict[str, Any]:
         """What the manifest keeps."""
+        cascade = {} if self.calibration is None else {"cascade": self.cascade()}
         return {
             "holdout_accuracy": self.accuracy,
             "holdout_scores": self.scores[:_KEPT_SCORES],
+            **cascade,
         }
+
+    def cascade(self) -> Json | None:
+        """When the light model answers, as plain values."""
+        return None if self.calibration is None else asdict(self.calibration)
 
     def check(self, name: str) -> float | None:
         """The value of one check of the gate."""
@@ -394,8 +408,9 @@ def judge(
 ) -> Judged:
     """Score a candidate and its parent on the same hold-out and ask the gate.
 
-    At the precisions that answers are served in the candidate alone is scored anew: it is held
-    against what its parent could do in full.
+    The candidate is judged as it will be served: with its light model, where that one is found
+    good enough, and at the precisions that answers are given in. Its parent stands for what could
+    be done at best, without either, so that small losses do not add up over many updates.
 
     Raises:
         DataError: If there is no hold-out to judge by.
@@ -417,23 +432,71 @@ def judge(
         known = parent.class_names
         return judge_update(held.labels, parent_scores, scores, known, names, config.gate)
 
+    scores = _scores(candidate, held)
+    verdict = gate(scores)
+    light = Light.from_files(files)
+    if light is not None:
+        light = _calibrated(light, scores, held, holdout, config)
+        together = _scores(candidate, held, light)
+        verdict_together = gate(together)
+        if verdict.passed and not verdict_together.passed:
+            light = _untrusted(light, f"the gate refuses its answers: {verdict_together.reason}")
+        else:
+            scores, verdict = together, verdict_together
+        files = {**files, **light.to_files()}
+
     def gate_at(precision: Precision) -> GateReport:
         try:
-            return gate(_scores(candidate, held, precision))
+            return gate(_scores(candidate, held, light, precision))
         except LearningError as error:
             return refused(f"answers_in_{precision}", str(error))
 
-    scores = _scores(candidate, held)
     return Judged(
-        gate=gate(scores),
+        files=files,
+        calibration=None if light is None else light.calibration,
+        gate=verdict,
         gate_at={precision: gate_at(precision) for precision in config.serving.precisions_to_prove},
         accuracy=float((scores.argmax(1) == held.labels).mean()),
         scores=np.round(scores, 4).tolist(),
     )
 
 
-def _scores(learner: Learner, held: Arrays, precision: Precision = "fp32") -> NDArray[np.float32]:
-    return Predictor(learner, precision=precision).predict(held.images).probabilities
+def _scores(
+    learner: Learner, held: Arrays, light: Light | None = None, precision: Precision = "fp32"
+) -> NDArray[np.float32]:
+    heavy = Predictor(learner, precision=precision)
+    return with_light(heavy, light).predict(held.images).probabilities
+
+
+def _calibrated(
+    light: Light,
+    heavy_scores: NDArray[np.float32],
+    held: Arrays,
+    holdout: Sequence[Example],
+    config: Config,
+) -> Light:
+    calibration = calibrate(
+        Predictor(light).predict(held.images).probabilities,
+        heavy_scores,
+        held.labels,
+        np.array([_chooses(example) for example in holdout]),
+        config.learning.cascade,
+    )
+    if calibration.threshold is None:
+        logger.warning("the light model is not trusted: %s", calibration.reason)
+    return replace(light, calibration=calibration)
+
+
+def _chooses(example: Example) -> bool:
+    """Whether a hold-out image has a say in the light model's threshold; half of them have."""
+    digest = hashlib.sha256(f"cascade:{example.content_hash}".encode()).digest()
+    return digest[0] % 2 == 0
+
+
+def _untrusted(light: Light, reason: str) -> Light:
+    assert light.calibration is not None
+    logger.warning("the light model is not trusted: %s", reason)
+    return replace(light, calibration=light.calibration.without_threshold(reason))
 
 
 def register_candidate(
@@ -478,7 +541,7 @@ def register_candidate(
             config=manifest.config,
             code_version=lifelong_ray.__version__,
         ),
-        files,
+        judged.files,
     )
 
 

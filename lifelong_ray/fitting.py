@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -23,11 +24,14 @@ from lifelong_ray.learning import (
     Collective,
     EpochReport,
     Fit,
+    Labelled,
     Learner,
+    Light,
     Run,
     fit_base,
     fit_update,
     keep_freed_memory,
+    teach_light,
 )
 from lifelong_ray.types import DataError, Json
 
@@ -132,7 +136,8 @@ def run_fit(job: FitJob, collective: Collective, clock: Clock, progress: Progres
     """Train what the job asks for; the same on one worker or many.
 
     An update takes the paths that ``learning.update.paths`` names; by ``default`` the fast
-    one, and the slow one where the fast one's validation accuracy falls short.
+    one, and the slow one where the fast one's validation accuracy falls short. Each result gets a
+    light model where ``learning.cascade`` wants one.
     """
     keep_freed_memory()
     training = _tensors(job.training)
@@ -150,6 +155,7 @@ def run_fit(job: FitJob, collective: Collective, clock: Clock, progress: Progres
         on_epoch=on_epoch,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
+    lit = partial(_with_light, job, training=training, validation=validation, run=run)
     if job.kind != "update":
         fit = fit_base(
             training,
@@ -160,17 +166,33 @@ def run_fit(job: FitJob, collective: Collective, clock: Clock, progress: Progres
             validation=validation,
             yardstick=job.kind == "full",
         )
-        return FitOutcome({job.kind: _fitted(fit)}, "a base training starts a family")
+        return FitOutcome({job.kind: lit(fit)}, "a base training starts a family")
     if job.parent_files is None:
         raise DataError("an update needs its parent's files")
     parent = Learner.from_files(job.parent_files)
     update = fit_update(parent, training, job.class_names, learning, run, validation=validation)
-    return FitOutcome({name: _fitted(fit) for name, fit in update.fits.items()}, update.reason)
+    return FitOutcome({name: lit(fit) for name, fit in update.fits.items()}, update.reason)
 
 
 def _tensors(arrays: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(arrays.images), torch.from_numpy(arrays.labels)
 
 
-def _fitted(fit: Fit) -> FittedPath:
-    return FittedPath(fit.learner.to_files(), json.loads(json.dumps(asdict(fit.report))))
+def _with_light(
+    job: FitJob, fit: Fit, *, training: Labelled, validation: Labelled | None, run: Run
+) -> FittedPath:
+    """A candidate's files and report, with its light model where one is wanted."""
+    files, report = fit.learner.to_files(), json.loads(json.dumps(asdict(fit.report)))
+    if not job.config.learning.cascade.enabled or job.kind == "full":
+        return FittedPath(files, report)
+    began_s = run.clock()
+    light = teach_light(
+        fit.learner,
+        training,
+        job.config.learning,
+        run,
+        parent=None if job.parent_files is None else Light.from_files(job.parent_files),
+        validation=validation,
+    )
+    report["light_seconds"] = run.clock() - began_s
+    return FittedPath({**files, **light.to_files()}, report)

@@ -6,6 +6,14 @@ Knows nothing of files, clocks, HTTP or Ray. `fit_base` makes a first `Learner`,
 
 from lifelong_ray.learning.allocator import keep_freed_memory
 from lifelong_ray.learning.analytic import AnalyticSums
+from lifelong_ray.learning.cascade import (
+    Calibration,
+    Cascade,
+    Light,
+    calibrate,
+    teach_light,
+    with_light,
+)
 from lifelong_ray.learning.collective import Alone, Collective, TorchDistributed
 from lifelong_ray.learning.evaluate import (
     Evaluation,
@@ -25,7 +33,7 @@ from lifelong_ray.learning.lesson import Fit, FitReport, Labelled, Run
 from lifelong_ray.learning.live import LiveHead
 from lifelong_ray.learning.model import Classifier, build_model
 from lifelong_ray.learning.penalties import distillation_loss, ewc_penalty
-from lifelong_ray.learning.predict import Answers, Predictor, remembered_images
+from lifelong_ray.learning.predict import Answerer, Answers, Predictor, remembered_images
 from lifelong_ray.learning.replay import ReplayMemory, endless_batches, mix_batches
 from lifelong_ray.learning.slow import fit_slow
 from lifelong_ray.learning.trainer import (
@@ -42,7 +50,10 @@ from lifelong_ray.learning.update import Update, fit_update
 __all__ = [
     "Alone",
     "AnalyticSums",
+    "Answerer",
     "Answers",
+    "Calibration",
+    "Cascade",
     "Classifier",
     "Collective",
     "EpochReport",
@@ -54,6 +65,7 @@ __all__ = [
     "History",
     "Labelled",
     "Learner",
+    "Light",
     "LiveHead",
     "LossTerm",
     "OnEpoch",
@@ -67,6 +79,7 @@ __all__ = [
     "accuracy",
     "allowed_classes",
     "build_model",
+    "calibrate",
     "distillation_loss",
     "endless_batches",
     "estimate_fisher",
@@ -81,6 +94,8 @@ __all__ = [
     "keep_freed_memory",
     "mix_batches",
     "remembered_images",
+    "teach_light",
     "time_per_image",
     "train",
+    "with_light",
 ]

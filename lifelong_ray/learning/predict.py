@@ -6,7 +6,7 @@ Knows devices, precision and memory layout; does not know who asks, or how batch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Protocol, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lifelong_ray.config import Precision
 from lifelong_ray.learning.learner import Learner
+from lifelong_ray.learning.model import Classifier
 from lifelong_ray.learning.precision import lower_precision
 
 
@@ -24,27 +25,66 @@ class Answers:
     Attributes:
         probabilities: float32, (N, C), rows summing to one, classes as in `class_names`.
         class_names: The classes.
+        light: Which rows a light model answered, bool (N,); see `Cascade`.
     """
 
     probabilities: NDArray[np.float32]
     class_names: tuple[str, ...]
+    light: NDArray[np.bool_]
+
+
+class Calibrated(Protocol):
+    """A model whose logits mean something; `Learner` is one."""
+
+    @property
+    def model(self) -> Classifier:
+        """In eval mode, on the CPU."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes, in the order of the logits."""
+
+    @property
+    def temperature(self) -> float:
+        """Divides the logits."""
+
+
+class Answerer(Protocol):
+    """Answers batches; `Predictor` and `Cascade` do."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes."""
+
+    @property
+    def precision(self) -> Precision:
+        """What it computes in."""
+
+    def predict(self, images: NDArray[np.uint8]) -> Answers:
+        """Answer a batch of (N, channels, height, width) uint8 images."""
+
+    def warm_up(
+        self, batch_sizes: tuple[int, ...] = (1, 32), images: NDArray[np.uint8] | None = None
+    ) -> None:
+        """Answer some batches, so that the first real one finds everything allocated."""
 
 
 class Predictor:
-    """A frozen copy of a learner's model on one device.
+    """A frozen copy of a model on one device.
 
     Safe to use from several threads.
 
     Attributes:
         class_names: The classes.
         precision: What it computes in.
+        device: Where it computes.
         lowered_share: Share of the trained weights held in fewer than 32 bits; see
             `lower_precision`.
     """
 
     def __init__(
         self,
-        learner: Learner,
+        source: Calibrated,
         device: str = "cpu",
         precision: Precision = "fp32",
         *,
@@ -53,7 +93,7 @@ class Predictor:
         """Prepare the model.
 
         Args:
-            learner: Stays as it is.
+            source: Whose model; stays as it is.
             device: Where to answer.
             precision: What to compute in.
             channels_last: Lay images out by pixel and then by channel, as convolutions are
@@ -66,15 +106,16 @@ class Predictor:
         if precision not in get_args(Precision):
             known = ", ".join(get_args(Precision))
             raise ValueError(f"the precision is {precision!r}; a predictor knows {known}")
-        self.class_names = learner.class_names
+        self.class_names = source.class_names
         self.precision = precision
+        self.device = device
         self._device = torch.device(device)
-        self._temperature = learner.temperature
+        self._temperature = source.temperature
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        model = learner.model.copy().to(self._device).to(memory_format=self._layout)
+        model = source.model.copy().to(self._device).to(memory_format=self._layout)
         self._model = model.eval().requires_grad_(False)
         self.lowered_share = lower_precision(self._model, precision, self._device)
-        config = learner.model_config
+        config = source.model.config
         self._shape = (config.channels, config.image_size, config.image_size)
 
     def predict(self, images: NDArray[np.uint8]) -> Answers:
@@ -89,7 +130,7 @@ class Predictor:
                 f"shape (N, {', '.join(map(str, self._shape))}); use feedback.to_model_input"
             )
         if not len(images):
-            return Answers(np.zeros((0, len(self.class_names)), np.float32), self.class_names)
+            return self._answers(np.zeros((0, len(self.class_names)), np.float32))
         # A copy: the caller's array may be read-only, which torch does not take.
         batch = torch.tensor(images, device=self._device).contiguous(memory_format=self._layout)
         with (
@@ -100,7 +141,10 @@ class Predictor:
         ):
             logits_NC = self._model(batch).float() / self._temperature
         probabilities = torch.softmax(logits_NC.double(), dim=1).float().cpu().numpy()
-        return Answers(probabilities, self.class_names)
+        return self._answers(probabilities)
+
+    def _answers(self, probabilities: NDArray[np.float32]) -> Answers:
+        return Answers(probabilities, self.class_names, np.zeros(len(probabilities), np.bool_))
 
     def warm_up(
         self, batch_sizes: tuple[int, ...] = (1, 32), images: NDArray[np.uint8] | None = None

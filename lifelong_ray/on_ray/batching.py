@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lifelong_ray.types import OverloadedError
 
 Probabilities = NDArray[np.float32]
+Flags = NDArray[np.bool_]
 I = TypeVar("I")  # noqa: E741 - what goes in
 O = TypeVar("O")  # noqa: E741 - and what comes out
 
@@ -29,10 +30,12 @@ class Answer:
     Attributes:
         probabilities: Shape (classes,), summing to one.
         model_ms: Time of the batch inside the model, milliseconds.
+        light: Whether a light model gave it.
     """
 
     probabilities: Probabilities
     model_ms: float
+    light: bool = False
 
 
 class Batcher:
@@ -40,14 +43,17 @@ class Batcher:
 
     def __init__(
         self,
-        run: Callable[[NDArray[np.uint8]], Probabilities],
+        run: Callable[[NDArray[np.uint8]], tuple[Probabilities, Flags]],
         executor: Executor,
         *,
         max_batch: int,
         wait_s: float,
         max_queue: int,
     ) -> None:
-        """Take `run`, which maps (N, C, H, W) uint8 to (N, classes) probabilities."""
+        """Take `run`, which maps (N, C, H, W) uint8 to (N, classes) probabilities.
+
+        It says with them, (N,), which of them a light model gave.
+        """
         self._run = run
         self._executor = executor
         self._max_batch = max_batch
@@ -85,7 +91,7 @@ class Batcher:
             return
         try:
             images = np.stack([image for image, _ in batch])
-            probabilities, model_ms = await asyncio.get_running_loop().run_in_executor(
+            probabilities, light, model_ms = await asyncio.get_running_loop().run_in_executor(
                 self._executor, self._timed, images
             )
         except Exception as error:  # noqa: BLE001 - belongs to those who wait for the answer
@@ -93,14 +99,14 @@ class Batcher:
                 if not future.done():
                     future.set_exception(error)
             return
-        for row, (_, future) in zip(probabilities, batch, strict=True):
+        for row, is_light, (_, future) in zip(probabilities, light.tolist(), batch, strict=True):
             if not future.done():
-                future.set_result(Answer(row, model_ms))
+                future.set_result(Answer(row, model_ms, is_light))
 
-    def _timed(self, images: NDArray[np.uint8]) -> tuple[Probabilities, float]:
+    def _timed(self, images: NDArray[np.uint8]) -> tuple[Probabilities, Flags, float]:
         started = perf_counter()
-        probabilities = self._run(images)
-        return probabilities, (perf_counter() - started) * 1_000
+        probabilities, light = self._run(images)
+        return probabilities, light, (perf_counter() - started) * 1_000
 
 
 class Together(Generic[I, O]):

@@ -74,6 +74,7 @@ class VersionAnswer:
         probabilities: One per class.
         model_ms: Time inside the model, milliseconds; 0 where it was not asked.
         cached: Whether it said so earlier, about the same pixels.
+        light: Whether its light model said so.
     """
 
     version: str
@@ -81,6 +82,7 @@ class VersionAnswer:
     probabilities: tuple[float, ...]
     model_ms: float
     cached: bool = False
+    light: bool = False
 
     @property
     def best(self) -> int:
@@ -357,7 +359,9 @@ class Front:
         async def ask() -> VersionAnswer:
             answer = await warm.answer(image.pixels)
             probabilities = tuple(answer.probabilities.tolist())
-            return VersionAnswer(version, warm.class_names, probabilities, answer.model_ms)
+            return VersionAnswer(
+                version, warm.class_names, probabilities, answer.model_ms, light=answer.light
+            )
 
         return await self._counted(version, image, ask)
 

@@ -23,6 +23,11 @@ class FrontMetrics:
         self._requests = Counter(
             "lifelong_predictions_total", "Answered predictions.", tag_keys=(*labels, "cached")
         )
+        self._light = Counter(
+            "lifelong_light_answers_total",
+            "Answers that a version's light model gave, remembered ones included.",
+            tag_keys=labels,
+        )
         self._buckets = Counter(
             "lifelong_model_duration_seconds_bucket",
             "Answers by time inside the model: those of at most `le` seconds.",
@@ -37,12 +42,17 @@ class FrontMetrics:
             tag_keys=labels,
         )
         self._answers: Tally[tuple[str, str, bool]] = Tally()
+        self._light_answers: Tally[tuple[str, str]] = Tally()
         self._by_bucket: Tally[tuple[str, str, int]] = Tally()
         self._model_s: Tally[tuple[str, str]] = Tally()
 
-    def answered(self, version: str, variant: str, model_ms: float, *, cached: bool) -> None:
+    def answered(
+        self, version: str, variant: str, model_ms: float, *, cached: bool, light: bool
+    ) -> None:
         """Count one answer."""
         self._answers[version, variant, cached] += 1
+        if light:
+            self._light_answers[version, variant] += 1
         if not cached:
             seconds = model_ms / 1_000
             self._by_bucket[version, variant, bisect_left(_BOUNDARIES_S, seconds)] += 1
@@ -51,11 +61,14 @@ class FrontMetrics:
     def tell(self) -> None:
         """Give Ray what was counted since the last time."""
         answers, self._answers = self._answers, Tally()
+        light_answers, self._light_answers = self._light_answers, Tally()
         by_bucket, self._by_bucket = self._by_bucket, Tally()
         model_s, self._model_s = self._model_s, Tally()
         for (version, variant, cached), number in answers.items():
             tags = {"version": version, "variant": variant, "cached": str(cached).lower()}
             self._requests.inc(number, tags=tags)
+        for (version, variant), number in light_answers.items():
+            self._light.inc(number, tags={"version": version, "variant": variant})
         for (version, variant), seconds in model_s.items():
             tags = {"version": version, "variant": variant}
             self._seconds.inc(seconds, tags=tags)

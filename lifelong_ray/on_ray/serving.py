@@ -115,7 +115,9 @@ class Slot:
         warm = self._warm.get(version)
         answer = await warm.answer(pixels)
         probabilities = tuple(float(p) for p in answer.probabilities)
-        return VersionAnswer(version, warm.class_names, probabilities, answer.model_ms)
+        return VersionAnswer(
+            version, warm.class_names, probabilities, answer.model_ms, light=answer.light
+        )
 
     async def _follow(self) -> None:
         while True:
@@ -232,7 +234,11 @@ class FrontDeployment:
             raise RequestError(503, "no_version", str(error)) from None
         answer = served.answer
         self._metrics.answered(
-            answer.version, served.variant, answer.model_ms, cached=answer.cached
+            answer.version,
+            served.variant,
+            answer.model_ms,
+            cached=answer.cached,
+            light=answer.light,
         )
         return served
 

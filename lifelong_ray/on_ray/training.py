@@ -199,6 +199,7 @@ def _wake(job: FitJob) -> None:
                             "trainer": learning.update.trainer.model_copy(update=once),
                         }
                     ),
+                    "cascade": learning.cascade.model_copy(update={"enabled": False}),
                 }
             )
         }

@@ -256,8 +256,11 @@ def trial_from(
 
 def measure(turn: Turn, config: Config) -> dict[str, float | str]:
     """Train one setting and measure it; training data never judges."""
+    cascade = config.learning.cascade.model_copy(update={"enabled": False})
+    learning = config.learning.model_copy(update={"cascade": cascade})
+    alone = config.model_copy(update={"learning": learning})
     try:
-        outcome = fit_alone(replace(turn.job, config=config))
+        outcome = fit_alone(replace(turn.job, config=alone))
     except LearningError as error:
         # Far too large a learning rate, mostly: the search shall learn from that too.
         return {"error": str(error), "objective": _WORST}

@@ -12,12 +12,14 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lifelong_ray.config import Precision, ServingConfig
 from lifelong_ray.feedback import to_model_input
-from lifelong_ray.learning import Learner, Predictor, remembered_images
-from lifelong_ray.on_ray.batching import Answer, Batcher
+from lifelong_ray.learning import Learner, Light, Predictor, remembered_images, with_light
+from lifelong_ray.on_ray.batching import Answer, Batcher, Flags, Probabilities
 from lifelong_ray.release import Manifest, Registry
 from lifelong_ray.types import LearningError, Pixels, VersionError
 
@@ -128,9 +130,14 @@ class WarmVersions:
     def _build(self, version: str) -> WarmVersion:
         manifest, files = self._registry.load(version)
         learner = Learner.from_files(files)
-        predictor = self._predictor(manifest, learner)
+        predictor = with_light(self._predictor(manifest, learner), Light.from_files(files))
         most = self._config.max_batch
         predictor.warm_up((1, most), remembered_images(learner, most))
+
+        def run(images: NDArray[np.uint8]) -> tuple[Probabilities, Flags]:
+            answers = predictor.predict(images)
+            return answers.probabilities, answers.light
+
         return WarmVersion(
             version=version,
             class_names=learner.class_names,
@@ -138,7 +145,7 @@ class WarmVersions:
             channels=learner.model_config.channels,
             precision=predictor.precision,
             batcher=Batcher(
-                lambda images: predictor.predict(images).probabilities,
+                run,
                 self._inference,
                 max_batch=self._config.max_batch,
                 wait_s=self._config.batch_wait_s,

@@ -31,7 +31,14 @@ from lifelong_ray.feedback import (
     take_snapshot,
 )
 from lifelong_ray.fitting import FitJob, FitOutcome, fit_alone
-from lifelong_ray.learning import Answers, Learner, Predictor
+from lifelong_ray.learning import (
+    Answers,
+    Calibration,
+    Learner,
+    Light,
+    Predictor,
+    with_light,
+)
 from lifelong_ray.release import Intent, Registry, ReleaseDesk
 from lifelong_ray.types import (
     DataError,
@@ -672,3 +679,155 @@ def test_a_version_that_has_nothing_to_round_to_int8_is_refused_at_int8() -> Non
     assert "nothing of this model can answer in int8" in Registry(store).manifest("v1").why_not_at(
         "int8"
     )
+
+
+# ---------------------------------------------------------------- a light model
+
+
+def with_cascade(**changes: object) -> Config:
+    """Losses of 5 % are allowed, which 59 images without a mistake can show."""
+    settings = {"enabled": True, "widths": (8, 8), "max_accuracy_loss": 0.05, **changes}
+    cascade = CONFIG.learning.cascade.model_copy(update=settings)
+    learning = CONFIG.learning.model_copy(update={"cascade": cascade})
+    return CONFIG.model_copy(update={"learning": learning})
+
+
+def light_of(store: MemoryStore, version: str) -> Light:
+    light = Light.from_files(Registry(store).load(version)[1])
+    assert light is not None
+    return light
+
+
+def answers_of(store: MemoryStore, version: str, images: LabelledImages) -> tuple[float, float]:
+    """Accuracy that a version loses to its light model, and the share that this answers."""
+    learner = Learner.from_files(Registry(store).load(version)[1])
+    inputs = np.stack([image.transpose(2, 0, 1) for image in images.images])
+    heavy = Predictor(learner)
+    alone, together = (
+        answerer.predict(inputs)
+        for answerer in (heavy, with_light(heavy, light_of(store, version)))
+    )
+    labels = np.array([learner.class_names.index(label) for label in images.labels])
+    right = [(answers.probabilities.argmax(1) == labels).mean() for answers in (alone, together)]
+    return float(right[0] - right[1]), float(together.light.mean())
+
+
+@pytest.fixture(scope="module")
+def after_cascade() -> tuple[MemoryStore, CycleReport]:
+    store = MemoryStore()
+    images = bars(OLD, 170, seed=1)
+    config = with_cascade()
+    return store, run_base(config, store, fit_alone, images, run_id="run-base", now_s=Clock())
+
+
+def test_a_version_has_a_light_model_that_answers_a_share_within_the_allowed_loss(
+    after_cascade: tuple[MemoryStore, CycleReport],
+) -> None:
+    store, report = after_cascade
+
+    loss, share = answers_of(store, "v1", bars(OLD, 100, seed=77))
+
+    assert report.cascade is not None
+    assert report.cascade["threshold"] is not None, report.cascade["reason"]
+    assert Registry(store).manifest("v1").metrics["cascade"] == report.cascade
+    assert share >= 0.3
+    assert share == pytest.approx(report.cascade["light_share"], abs=0.2)
+    assert loss <= 0.05
+    assert report.cascade["num_choosing"] + report.cascade["num_measuring"] == report.num_holdout
+
+
+def test_an_update_teaches_the_light_model_its_new_classes(
+    after_cascade: tuple[MemoryStore, CycleReport],
+) -> None:
+    store = copied(after_cascade[0])
+    send(store, bars(NEW, 170, seed=2))
+
+    report = update(store, config=with_cascade())
+
+    light = light_of(store, "v1.1")
+    loss, share = answers_of(store, "v1.1", bars((*OLD, *NEW), 60, seed=78))
+    assert light.class_names == (*OLD, *NEW)
+    assert light.model.shape.head_blocks == (4, 2)  # It went on from that of v1.
+    assert report.cascade is not None
+    assert report.cascade["threshold"] is not None, report.cascade["reason"]
+    assert share >= 0.3
+    assert loss <= 0.05
+
+
+def test_a_small_hold_out_proves_no_light_model_and_the_report_says_so() -> None:
+    store = MemoryStore()
+    images = bars(OLD, 25, seed=1)
+
+    report = run_base(with_cascade(), store, fit_alone, images, run_id="run-base", now_s=Clock())
+
+    assert report.released
+    assert report.cascade is not None
+    assert report.cascade["threshold"] is None
+    assert "even without a mistake they show no loss below" in report.cascade["reason"]
+    assert answers_of(store, "v1", bars(OLD, 10, seed=77)) == (0, 0)
+
+
+def test_a_light_model_that_learned_nothing_is_never_asked() -> None:
+    store = MemoryStore()
+    trainer = CONFIG.learning.cascade.trainer.model_copy(
+        update={"iterations": 1, "learning_rate": 1e-9}
+    )
+
+    report = run_base(
+        with_cascade(trainer=trainer),
+        store,
+        fit_alone,
+        bars(OLD, 170, seed=1),
+        run_id="run-base",
+        now_s=Clock(),
+    )
+
+    assert report.released
+    assert report.cascade is not None
+    assert report.cascade["threshold"] is None
+    assert report.cascade["reason"]
+    assert answers_of(store, "v1", bars(OLD, 10, seed=77))[1] == 0
+
+
+def test_a_light_model_that_the_gate_refuses_leaves_the_version_to_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def trusting(*_: object, **__: object) -> Calibration:
+        return Calibration(0.0, "blindly", 1.0, 0.0, 0.0, 1, 1)
+
+    monkeypatch.setattr(cycle, "calibrate", trusting)
+    trainer = CONFIG.learning.cascade.trainer.model_copy(
+        update={"iterations": 1, "learning_rate": 1e-9}
+    )
+    store = MemoryStore()
+
+    report = run_base(
+        with_cascade(trainer=trainer),
+        store,
+        fit_alone,
+        bars(OLD, 40, seed=1),
+        run_id="run-base",
+        now_s=Clock(),
+    )
+
+    assert report.gate_passed
+    assert report.cascade is not None
+    assert report.cascade["threshold"] is None
+    assert "the gate refuses its answers: accuracy" in report.cascade["reason"]
+    assert light_of(store, "v1").threshold is None
+
+
+def test_the_gate_judges_both_models_together_at_the_precisions_of_serving(
+    after_cascade: tuple[MemoryStore, CycleReport],
+) -> None:
+    store, _ = after_cascade
+    serving = in_precisions("bf16", "fp32").serving
+    config = with_cascade().model_copy(update={"serving": serving})
+    _, files = Registry(store).load("v1")
+
+    manifest = register_candidate(
+        copied(store), files, "v1", config, run_id="run-outside", now_s=Clock()
+    )
+
+    assert manifest.gate_at["bf16"].passed
+    assert manifest.metrics["cascade"]["threshold"] is not None

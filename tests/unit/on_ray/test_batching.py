@@ -58,7 +58,16 @@ def make(
     wait_s: float = 0.01,
     queue: int = 99,
 ) -> Batcher:
-    return Batcher(run, executor, max_batch=8, wait_s=wait_s, max_queue=queue)
+    def flagged(images: Any) -> tuple[Any, Any]:
+        return run(images), images.reshape(len(images), -1)[:, 0] % 2 == 1
+
+    return Batcher(flagged, executor, max_batch=8, wait_s=wait_s, max_queue=queue)
+
+
+def test_each_answer_says_whether_a_light_model_gave_it(executor: ThreadPoolExecutor) -> None:
+    answers = asyncio.run(ask_all(make(executor, Model()), range(4)))
+
+    assert [a.light for a in answers if isinstance(a, Answer)] == [False, True, False, True]
 
 
 def test_requests_that_arrive_together_share_batches_and_keep_their_order(

@@ -49,6 +49,7 @@ from tests.unit.on_ray.world import (
     CLASSES,
     FakeSlot,
     ReportBook,
+    add_light_version,
     add_version,
     make_image,
     move,
@@ -662,6 +663,24 @@ def test_a_full_queue_drops_predictions_but_no_answers(store: MemoryStore) -> No
         assert status["queued_log_bytes"] <= 2_000
 
     run(play, disk, settings(feedback={"max_queue_bytes": 2_000}))
+
+
+def test_an_answer_of_a_light_model_says_so_and_is_logged_as_any_other(store: MemoryStore) -> None:
+    async def play(scene: Scene) -> None:
+        assert not (await scene.answer("low")).answer.light
+        await scene.change(stable="v2")
+
+        first, again = [(await scene.answer("low")).answer for _ in range(2)]
+
+        assert (first.version, first.light, first.cached) == ("v2", True, False)
+        assert (again.version, again.light, again.cached) == ("v2", True, True)
+
+    add_light_version(store)
+    run(play, store, settings(serving={"cache_bytes": 100_000}))
+
+    rows = predictions_in(store)
+    assert [row.version for row in rows] == ["v1", "v2", "v2"]
+    assert all(sum(row.scores) == pytest.approx(1) for row in rows)
 
 
 def test_a_front_tells_what_each_version_answers_in(store: MemoryStore) -> None:

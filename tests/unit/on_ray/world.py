@@ -13,7 +13,7 @@ from lifelong_ray.config import Config, config_from
 from lifelong_ray.cycle import run_base
 from lifelong_ray.datasets import LabelledImages
 from lifelong_ray.fitting import fit_alone
-from lifelong_ray.learning import Learner
+from lifelong_ray.learning import Calibration, Learner, Light, build_model
 from lifelong_ray.on_ray.front import VersionAnswer
 from lifelong_ray.release import FrontReport, Registry, ReleaseDesk, ReleaseDocument
 from lifelong_ray.storage import Store
@@ -92,6 +92,23 @@ def add_version(
             }
         ),
         learner.to_files(),
+    )
+    return version
+
+
+def add_light_version(store: Store, version: str = "v2") -> str:
+    """Register v1 under another name, with a light model that answers everything."""
+    registry = Registry(store)
+    manifest, files = registry.load("v1")
+    config = Learner.from_files(files).model_config
+    light = Light(
+        model=build_model(config, len(manifest.class_names), seed=0).eval(),
+        class_names=manifest.class_names,
+        temperature=1.0,
+        calibration=Calibration(0.0, "it may answer everything", 1.0, 0.0, 0.0, 1, 1),
+    )
+    registry.register(
+        manifest.model_copy(update={"version": version, "files": {}}), {**files, **light.to_files()}
     )
     return version
 
