@@ -62,7 +62,7 @@ class Manifest(BaseModel):
     snapshot_id: str = ""
     files: dict[str, str] = {}
     gate: GateReport | None = None
-    gate_at: dict[str, GateReport] = {}  # None in versions of before it was asked for.
+    gate_at: dict[str, GateReport] = {}  # Empty in versions that are older than the field.
     metrics: dict[str, Any] = {}
     config: dict[str, Any] = {}
     code_version: str = ""

@@ -12,6 +12,7 @@ from lifelong_ray.config import Config, Precision
 from lifelong_ray.on_ray import warm
 from lifelong_ray.on_ray.warm import WarmVersions
 from lifelong_ray.release import Registry
+from lifelong_ray.types import LearningError
 from tests.fakes import MemoryStore
 from tests.unit.on_ray.world import settings, train_base
 
@@ -77,6 +78,26 @@ def test_a_version_that_the_gate_refused_in_a_precision_answers_in_fp32(
 
     assert precisions == {"v1": "bf16", "v2": "fp32"}
     assert "v2 answers in fp32: the gate refused v2 in bf16" in caplog.text
+
+
+def test_a_version_that_cannot_answer_in_a_precision_here_answers_in_fp32(
+    proven: tuple[MemoryStore, Config],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Unable(warm.Predictor):
+        def __init__(self, source, device, precision="fp32"):
+            if precision == "bf16":
+                raise LearningError("not on this machine")
+            super().__init__(source, device, precision)
+
+    monkeypatch.setattr(warm, "Predictor", Unable)
+
+    with caplog.at_level(logging.WARNING):
+        precisions = held(*proven, "bf16").precisions
+
+    assert precisions == {"v1": "fp32"}
+    assert "v1 answers in fp32: not on this machine" in caplog.text
 
 
 def test_a_version_warms_up_with_what_it_remembers_alone_and_in_a_full_batch(
