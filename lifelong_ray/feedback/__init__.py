@@ -15,6 +15,7 @@ from lifelong_ray.feedback.identity import (
 )
 from lifelong_ray.feedback.images import (
     CleanImage,
+    SentImage,
     content_hash,
     decode_image,
     decode_png,
@@ -43,6 +44,7 @@ __all__ = [
     "RequestIds",
     "Rows",
     "Secrets",
+    "SentImage",
     "Snapshot",
     "content_hash",
     "curate",

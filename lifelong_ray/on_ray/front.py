@@ -9,15 +9,14 @@ and the controller through two small protocols, so that it runs without Ray.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
-
-import numpy as np
 
 from lifelong_ray.config import Config
 from lifelong_ray.feedback import (
@@ -25,13 +24,11 @@ from lifelong_ray.feedback import (
     LogWriter,
     RequestIds,
     Secrets,
-    decode_image,
+    SentImage,
     pseudonym,
     uuid7,
 )
-from lifelong_ray.on_ray.batching import Together
-from lifelong_ray.on_ray.cache import AnswerCache
-from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
+from lifelong_ray.on_ray.warm import VersionAnswer, WarmVersion, WarmVersions
 from lifelong_ray.release import (
     Assignment,
     Counter,
@@ -44,10 +41,10 @@ from lifelong_ray.release import (
 )
 from lifelong_ray.storage import Store
 from lifelong_ray.types import (
+    BadImageError,
     Comparison,
     Feedback,
     OverloadedError,
-    Pixels,
     Prediction,
     ServingError,
 )
@@ -57,47 +54,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_LABEL_CHARS = 200
 MAX_REASON_CHARS = 500
-_SMALL_BYTES = 32_000  # Of an encoded image that takes no longer to decode than to hand over.
 
 
 class NoVersionError(ServingError):
     """Nothing is registered yet that could answer."""
-
-
-@dataclass(frozen=True)
-class VersionAnswer:
-    """What one version says about one image.
-
-    Attributes:
-        version: Who answered.
-        class_names: Its classes.
-        probabilities: One per class.
-        model_ms: Time inside the model, milliseconds; 0 where it was not asked.
-        cached: Whether it said so earlier, about the same pixels.
-        light: Whether its light model said so.
-    """
-
-    version: str
-    class_names: tuple[str, ...]
-    probabilities: tuple[float, ...]
-    model_ms: float
-    cached: bool = False
-    light: bool = False
-
-    @property
-    def best(self) -> int:
-        """Index of the most probable class."""
-        return int(np.argmax(self.probabilities))
-
-    @property
-    def class_name(self) -> str:
-        """The most probable class."""
-        return self.class_names[self.best]
-
-    @property
-    def confidence(self) -> float:
-        """Its probability."""
-        return self.probabilities[self.best]
 
 
 @dataclass(frozen=True)
@@ -113,7 +73,7 @@ class Served:
 class CandidateSlot(Protocol):
     """The deployment that holds a candidate by itself."""
 
-    async def ask(self, version: str, pixels: Pixels) -> VersionAnswer:
+    async def ask(self, version: str, image: CleanImage) -> VersionAnswer:
         """Answer with `version`; any exception means that it did not answer."""
 
 
@@ -166,9 +126,7 @@ class Front:
             self.registry, config.serving, now_s=now_s, precision=config.serving.front.precision
         )
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="front")
-        self._decode_small = Together(self._decoded, self._threads)
         self._counters: dict[str, Counter] = {}
-        self._cache: AnswerCache[VersionAnswer] = AnswerCache(config.serving.cache_bytes)
         self._comparing: set[asyncio.Task[None]] = set()
         self._comparing_bytes = 0
         self.dropped_comparisons = 0
@@ -195,30 +153,17 @@ class Front:
         stable = self.document.stable
         return self._warm.get(stable) if stable in self._warm.names else None
 
-    async def decode(self, data: bytes, content_type: str | None) -> CleanImage:
-        """Turn bytes into a clean image, off the event loop.
-
-        Raises:
-            BadImageError: If they are not an acceptable image.
-        """
-        if len(data) <= _SMALL_BYTES:
-            return await self._decode_small((data, content_type))
-        return await self._in_thread(self._decoded, (data, content_type))
-
-    def _decoded(self, body: tuple[bytes, str | None]) -> CleanImage:
-        data, content_type = body
-        return CleanImage.of(decode_image(data, content_type, self._config.images))
-
-    async def named(self, pixels: Pixels) -> CleanImage:
-        """Make a clean image of pixels, off the event loop."""
-        return await self._in_thread(CleanImage.of, pixels)
+    def sent(self, data: bytes, content_type: str | None) -> SentImage:
+        """Take the bytes of an image, unchecked."""
+        return SentImage.encoded(data, content_type, self._config.images)
 
     async def answer(
-        self, image: CleanImage, *, key: str, override: str | None = None, user: str = ""
+        self, image: SentImage, *, key: str, override: str | None = None, user: str = ""
     ) -> Served:
         """Answer one image with the version its `key` is assigned to.
 
         Raises:
+            BadImageError: If it is not an acceptable image.
             NoVersionError: If nothing can answer yet.
             OverloadedError: If too many images are waiting.
         """
@@ -226,7 +171,7 @@ class Front:
         return served
 
     async def answer_together(
-        self, images: Sequence[CleanImage], *, key: str, override: str | None = None, user: str = ""
+        self, images: Sequence[SentImage], *, key: str, override: str | None = None, user: str = ""
     ) -> list[Served]:
         """Answer several images, all with one version; see `answer`."""
         document = self.document  # one document for the whole request, whatever comes meanwhile
@@ -236,9 +181,10 @@ class Front:
                 or "no version is released yet; run train_job.py --base to make the first"
             )
         assignment = assign(document, key, override)
+        await _each([self._in_thread(image.clean) for image in images if image.is_slow])
         variant, answers = await self._ask_assigned(document, assignment, images)
         return [
-            self._log(document, assignment, variant, answer, image, user)
+            self._log(document, assignment, variant, answer, image.clean(), user)
             for answer, image in zip(answers, images, strict=True)
         ]
 
@@ -299,8 +245,14 @@ class Front:
         )
         await self._in_thread(self.log.record_feedback, [row], {})
 
-    async def record_example(self, image: CleanImage, label: str, user: str) -> str:
-        """Record an operator's labelled image; durable when it returns its content hash."""
+    async def record_example(self, sent: SentImage, label: str, user: str) -> str:
+        """Record an operator's labelled image; durable when it returns its content hash.
+
+        Raises:
+            BadImageError: If it is not an acceptable image.
+            StorageFullError: If it could not be made durable.
+        """
+        image = await self._in_thread(sent.clean)
         row = Feedback(
             feedback_id=str(uuid7(self._now_s())),
             at_s=self._now_s(),
@@ -341,32 +293,26 @@ class Front:
     # -- asking versions ---------------------------------------------------------------
 
     async def _ask_assigned(
-        self, document: ReleaseDocument, assignment: Assignment, images: Sequence[CleanImage]
+        self, document: ReleaseDocument, assignment: Assignment, images: Sequence[SentImage]
     ) -> tuple[str, list[VersionAnswer]]:
         if assignment.variant == "candidate":
             candidate = assignment.version
-            asked = (self._ask_candidate(document, candidate, image) for image in images)
             try:
-                return "candidate", await asyncio.gather(*asked)
+                return "candidate", await _each(
+                    [self._ask_candidate(document, candidate, image) for image in images]
+                )
+            except BadImageError:
+                raise
             except Exception as error:  # noqa: BLE001 - whatever it is, stable answers instead
                 logger.warning("candidate %s did not answer: %r", candidate, error)
         stable = str(document.stable)
-        return "stable", await asyncio.gather(*(self._ask_held(stable, image) for image in images))
+        return "stable", await _each([self._ask_held(stable, image) for image in images])
 
-    async def _ask_held(self, version: str, image: CleanImage) -> VersionAnswer:
-        warm = self._warm.get(version)
-
-        async def ask() -> VersionAnswer:
-            answer = await warm.answer(image.pixels)
-            probabilities = tuple(answer.probabilities.tolist())
-            return VersionAnswer(
-                version, warm.class_names, probabilities, answer.model_ms, light=answer.light
-            )
-
-        return await self._counted(version, image, ask)
+    async def _ask_held(self, version: str, image: SentImage) -> VersionAnswer:
+        return await self._counted(version, self._warm.get(version).answer(image))
 
     async def _ask_candidate(
-        self, document: ReleaseDocument, version: str, image: CleanImage
+        self, document: ReleaseDocument, version: str, image: SentImage
     ) -> VersionAnswer:
         in_process = (
             document.rollout is not None
@@ -374,33 +320,24 @@ class Front:
         )
         if in_process and version in self._warm.names:
             return await self._ask_held(version, image)
+        clean = await self._in_thread(image.clean)
+        timeout_s = self._config.serving.slot_timeout_s
+        asked = asyncio.wait_for(self._slot.ask(version, clean), timeout_s)
+        return await self._counted(version, asked)
 
-        async def ask() -> VersionAnswer:
-            timeout_s = self._config.serving.slot_timeout_s
-            return await asyncio.wait_for(self._slot.ask(version, image.pixels), timeout_s)
-
-        return await self._counted(version, image, ask)
-
-    async def _counted(
-        self, version: str, image: CleanImage, ask: Callable[[], Awaitable[VersionAnswer]]
-    ) -> VersionAnswer:
-        """What the version says, or said about the same pixels; counted either way."""
-        known = self._cache.get(version, image.content_hash)
-        if known is not None:
-            self._counters[version] = self._counters.get(version, Counter()).answered_as_before()
-            return known
+    async def _counted(self, version: str, asked: Awaitable[VersionAnswer]) -> VersionAnswer:
+        counter = self._counters.get
         try:
-            answer = await ask()
-        except OverloadedError:
-            raise  # says how much traffic there is, nothing about the version
+            answer = await asked
+        except (OverloadedError, BadImageError):
+            raise  # says how much traffic there is, or what is sent, nothing about the version
         except Exception:
-            self._counters[version] = self._counters.get(version, Counter()).failed()
+            self._counters[version] = counter(version, Counter()).failed()
             raise
-        counter = self._counters.get(version, Counter())
-        self._counters[version] = counter.answered(answer.model_ms)
-        remembered = replace(answer, model_ms=0.0, cached=True)
-        num_values = len(answer.probabilities)
-        self._cache.put(version, image.content_hash, remembered, num_values=num_values)
+        before = counter(version, Counter())
+        self._counters[version] = (
+            before.answered_as_before() if answer.cached else before.answered(answer.model_ms)
+        )
         return answer
 
     # -- comparing, after the answer ---------------------------------------------------
@@ -428,10 +365,11 @@ class Front:
         assert rollout is not None
         stable, candidate = served.answer, None
         try:
+            sent = SentImage.already(image)
             if served.variant == "candidate":
-                stable, candidate = await self._ask_held(str(document.stable), image), stable
+                stable, candidate = await self._ask_held(str(document.stable), sent), stable
             else:
-                candidate = await self._ask_candidate(document, rollout.candidate, image)
+                candidate = await self._ask_candidate(document, rollout.candidate, sent)
         except Exception as error:  # noqa: BLE001 - a comparison may never hurt the front
             if served.variant == "candidate" or isinstance(error, OverloadedError):
                 self.dropped_comparisons += 1
@@ -486,6 +424,13 @@ class Front:
         )
 
 
+async def _each(asked: Sequence[Awaitable[T]]) -> list[T]:
+    """Wait for all; one alone needs no task of its own."""
+    if len(asked) == 1:
+        return [await asked[0]]
+    return list(await asyncio.gather(*asked))
+
+
 def clean_label(label: object) -> str:
     """A label as the log keeps it.
 
@@ -527,8 +472,6 @@ def clean_reason(reason: object) -> str:
 
 def top_k(answer: VersionAnswer, k: int) -> list[Mapping[str, Any]]:
     """The `k` most probable classes, best first."""
-    order = np.argsort(answer.probabilities)[::-1][:k]
-    return [
-        {"class": answer.class_names[i], "confidence": round(answer.probabilities[i], 6)}
-        for i in order
-    ]
+    names, probabilities = answer.class_names, answer.probabilities
+    best = heapq.nlargest(k, range(len(probabilities)), key=probabilities.__getitem__)
+    return [{"class": names[i], "confidence": round(probabilities[i], 6)} for i in best]

@@ -24,12 +24,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.types import Receive, Scope, Send
 
 import lifelong_ray
 from lifelong_ray.config import AutoscalingConfig, Config, StepConfig, check_steps, config_from
 from lifelong_ray.feedback import (
     CleanImage,
     LogTail,
+    SentImage,
     detect_drift,
     load_secrets,
     uuid7,
@@ -39,7 +41,6 @@ from lifelong_ray.on_ray.front import (
     Front,
     NoVersionError,
     Served,
-    VersionAnswer,
     clean_label,
     clean_reason,
     top_k,
@@ -49,9 +50,11 @@ from lifelong_ray.on_ray.http import (
     Asker,
     RequestError,
     Upload,
+    answer_to_error,
     asker_of,
     describe_error,
     install_error_handlers,
+    json_response,
     read_body,
     read_json,
     read_uploads,
@@ -71,17 +74,37 @@ from lifelong_ray.on_ray.open_inference import (
 from lifelong_ray.on_ray.rollout import RolloutController
 from lifelong_ray.on_ray.scaling import autoscaling
 from lifelong_ray.on_ray.schedule import submit_update
-from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
+from lifelong_ray.on_ray.warm import VersionAnswer, WarmVersion, WarmVersions
 from lifelong_ray.release import FrontReport, Intent, Registry, ReleaseDesk
 from lifelong_ray.storage import open_store
-from lifelong_ray.types import BadImageError, Pixels, ServingError
+from lifelong_ray.types import BadImageError, ServingError
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "lifelong_ray"
 _STEPS = TypeAdapter(tuple[StepConfig, ...])
 
-http = FastAPI(
+class _Http(FastAPI):
+    """Answers ``POST /predict`` ahead of FastAPI's layers, which take longer than a small model.
+
+    FastAPI's own route stays, for OpenAPI and for what is served below a prefix of its own.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_prediction = scope["type"] == "http" and scope["path"] == "/predict"
+        if not is_prediction or scope["method"] != "POST":
+            await super().__call__(scope, receive, send)
+            return
+        front: FrontDeployment = serve.get_replica_context().servable_object  # type: ignore[assignment]
+        request = Request(scope, receive)
+        try:
+            response = await front.predict(request)
+        except Exception as error:  # noqa: BLE001 - is told to who asked
+            response = answer_to_error(request, error)
+        await response(scope, receive, send)
+
+
+http = _Http(
     title="lifelong_ray",
     version=lifelong_ray.__version__,
     description="A classifier that keeps learning while it serves.",
@@ -110,14 +133,9 @@ class Slot:
         self._slot_id = str(uuid7(time.time()))
         self._follower = asyncio.create_task(self._follow())
 
-    async def ask(self, version: str, pixels: Pixels) -> VersionAnswer:
+    async def ask(self, version: str, image: CleanImage) -> VersionAnswer:
         """Answer with `version`, which must be warm."""
-        warm = self._warm.get(version)
-        answer = await warm.answer(pixels)
-        probabilities = tuple(float(p) for p in answer.probabilities)
-        return VersionAnswer(
-            version, warm.class_names, probabilities, answer.model_ms, light=answer.light
-        )
+        return await self._warm.get(version).answer(SentImage.already(image))
 
     async def _follow(self) -> None:
         while True:
@@ -138,8 +156,8 @@ class _SlotClient:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
-    async def ask(self, version: str, pixels: Pixels) -> VersionAnswer:
-        answer: VersionAnswer = await self._handle.ask.remote(version, pixels)
+    async def ask(self, version: str, image: CleanImage) -> VersionAnswer:
+        answer: VersionAnswer = await self._handle.ask.remote(version, image)
         return answer
 
 
@@ -202,7 +220,7 @@ class FrontDeployment:
             "x-variant": served.variant,
             "x-cache": "hit" if served.answer.cached else "miss",
         }
-        return JSONResponse(self._as_json(served), headers=headers)
+        return json_response(self._as_json(served), headers)
 
     @http.post("/batch_predict", tags=["predict"], openapi_extra=ASKER_PARAMETERS)
     async def batch_predict(self, request: Request) -> Response:
@@ -223,10 +241,9 @@ class FrontDeployment:
 
     async def _answer(self, upload: Upload, asker: Asker) -> Served:
         try:
-            image = await self._front.decode(upload.data, upload.content_type)
             served = await self._front.answer(
-                image,
-                key=asker.session or str(uuid7(time.time())),
+                self._front.sent(upload.data, upload.content_type),
+                key=asker.session or os.urandom(8).hex(),
                 override=asker.canary,
                 user=asker.session,
             )
@@ -279,7 +296,7 @@ class FrontDeployment:
         self._require_operator(authorization)
         form = await read_uploads(request, field="image", max_bytes=self._config.images.max_bytes)
         name = self._label(label if label is not None else form.fields.get("label"))
-        image = await self._front.decode(form.images[0].data, form.images[0].content_type)
+        image = self._front.sent(form.images[0].data, form.images[0].content_type)
         content_hash = await self._front.record_example(image, name, "operator")
         return {"status": "recorded", "content_hash": content_hash}
 
@@ -365,9 +382,13 @@ class FrontDeployment:
             body, request.headers.get(HEADER_LENGTH), max_images=self._config.serving.max_queue
         )
         self._v2_version(name, version)
-        images = await asyncio.gather(*(self._clean(image) for image in asked.images))
         served = await self._front.answer_together(
-            images, key=str(uuid7(time.time())), override="never" if version else None
+            [
+                self._front.sent(image, None) if isinstance(image, bytes) else SentImage.of(image)
+                for image in asked.images
+            ],
+            key=str(uuid7(time.time())),
+            override="never" if version else None,
         )
         answer = InferAnswer(
             model_name=name,
@@ -381,11 +402,6 @@ class FrontDeployment:
         )
         content, headers = write_answer(asked, answer)
         return Response(content, headers=headers)
-
-    async def _clean(self, image: Pixels | bytes) -> CleanImage:
-        if isinstance(image, bytes):
-            return await self._front.decode(image, None)
-        return await self._front.named(image)
 
     def _v2_version(self, name: str, version: str | None) -> WarmVersion:
         if name != self._config.serving.model_name:
@@ -588,13 +604,15 @@ def build_app(config: Config) -> serve.Application:
 
 def _replicas(deployment: str, config: Config) -> dict[str, Any]:
     scaling: AutoscalingConfig = getattr(config.serving, deployment)
-    options: dict[str, Any] = {"num_cpus": scaling.num_cpus, "num_gpus": scaling.num_gpus}
+    actor: dict[str, Any] = {"num_cpus": scaling.num_cpus, "num_gpus": scaling.num_gpus}
     if scaling.labels:
-        options["label_selector"] = dict(scaling.labels)
+        actor["label_selector"] = dict(scaling.labels)
     return {
         "autoscaling_config": autoscaling(config, deployment),
         "max_ongoing_requests": config.serving.max_ongoing_requests,
-        "ray_actor_options": options,
+        "ray_actor_options": actor,
+        # Every answer is in the prediction log, and counted.
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }
 
 

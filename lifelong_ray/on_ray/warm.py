@@ -8,24 +8,69 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from time import perf_counter
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from lifelong_ray.config import Precision, ServingConfig
-from lifelong_ray.feedback import to_model_input
-from lifelong_ray.learning import Learner, Light, Predictor, remembered_images, with_light
-from lifelong_ray.on_ray.batching import Answer, Batcher, Flags, Probabilities
+from lifelong_ray.config import ModelConfig, Precision, ServingConfig
+from lifelong_ray.feedback import CleanImage, SentImage, to_model_input
+from lifelong_ray.learning import (
+    Answerer,
+    Learner,
+    Light,
+    Predictor,
+    remembered_images,
+    with_light,
+)
+from lifelong_ray.on_ray.batching import Batcher
+from lifelong_ray.on_ray.cache import AnswerCache
 from lifelong_ray.release import Manifest, Registry
-from lifelong_ray.types import LearningError, Pixels, VersionError
+from lifelong_ray.types import LearningError, VersionError
 
 logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 5.0
+
+
+@dataclass(frozen=True)
+class VersionAnswer:
+    """What one version says about one image.
+
+    Attributes:
+        version: Who answered.
+        class_names: Its classes.
+        probabilities: One per class.
+        model_ms: Time of the batch inside the model, milliseconds; 0 where it was not asked.
+        cached: Whether it said so earlier, about the same pixels.
+        light: Whether its light model said so.
+    """
+
+    version: str
+    class_names: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    model_ms: float
+    cached: bool = False
+    light: bool = False
+
+    @cached_property
+    def best(self) -> int:
+        """Index of the most probable class."""
+        return self.probabilities.index(max(self.probabilities))
+
+    @property
+    def class_name(self) -> str:
+        """The most probable class."""
+        return self.class_names[self.best]
+
+    @property
+    def confidence(self) -> float:
+        """Its probability."""
+        return self.probabilities[self.best]
 
 
 @dataclass(frozen=True)
@@ -45,11 +90,64 @@ class WarmVersion:
     image_size: int
     channels: int
     precision: Precision
-    batcher: Batcher
+    batcher: Batcher[SentImage, VersionAnswer]
 
-    async def answer(self, pixels: Pixels) -> Answer:
-        """Answer one clean image of any size."""
-        return await self.batcher.answer(to_model_input(pixels, self.image_size, self.channels))
+    async def answer(self, image: SentImage) -> VersionAnswer:
+        """Answer one image of any size.
+
+        Raises:
+            BadImageError: If it is not an acceptable image.
+            OverloadedError: If too many are waiting.
+        """
+        return await self.batcher.answer(image)
+
+
+class _Desk:
+    """Answers batches of images with one version, on the thread of the models.
+
+    What little there is to decode is decoded here too: with every trip to a thread a request
+    waits for the interpreter, so that it makes one.
+    """
+
+    def __init__(
+        self,
+        version: str,
+        predictor: Answerer,
+        model: ModelConfig,
+        cache: AnswerCache[VersionAnswer],
+    ) -> None:
+        self._version = version
+        self._predictor = predictor
+        self._model = model
+        self._cache = cache
+
+    def __call__(self, images: list[SentImage]) -> list[VersionAnswer | Exception]:
+        found: list[VersionAnswer | Exception | CleanImage] = [self._known(i) for i in images]
+        unknown = [image for image in found if isinstance(image, CleanImage)]
+        made = iter(self._asked(unknown) if unknown else ())
+        return [next(made) if isinstance(answer, CleanImage) else answer for answer in found]
+
+    def _known(self, image: SentImage) -> VersionAnswer | Exception | CleanImage:
+        try:
+            clean = image.clean()
+        except Exception as error:  # noqa: BLE001 - belongs to who sent it
+            return error
+        return self._cache.get(self._version, clean.content_hash) or clean
+
+    def _asked(self, images: list[CleanImage]) -> Iterator[VersionAnswer]:
+        size, channels = self._model.image_size, self._model.channels
+        batch = np.stack([to_model_input(image.pixels, size, channels) for image in images])
+        started = perf_counter()
+        answers = self._predictor.predict(batch)
+        model_ms = (perf_counter() - started) * 1_000
+        rows = zip(images, answers.probabilities.tolist(), answers.light.tolist(), strict=True)
+        for image, probabilities, light in rows:
+            answer = VersionAnswer(
+                self._version, answers.class_names, tuple(probabilities), model_ms, light=light
+            )
+            again = replace(answer, model_ms=0.0, cached=True)
+            self._cache.put(self._version, image.content_hash, again, num_values=len(probabilities))
+            yield answer
 
 
 class WarmVersions:
@@ -71,6 +169,7 @@ class WarmVersions:
         self._precision = precision
         self._now_s = now_s
         self._held: dict[str, WarmVersion] = {}
+        self._cache: AnswerCache[VersionAnswer] = AnswerCache(config.cache_bytes)
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._failed_at_s: dict[str, float] = {}
         self.failures: dict[str, str] = {}
@@ -134,10 +233,6 @@ class WarmVersions:
         most = self._config.max_batch
         predictor.warm_up((1, most), remembered_images(learner, most))
 
-        def run(images: NDArray[np.uint8]) -> tuple[Probabilities, Flags]:
-            answers = predictor.predict(images)
-            return answers.probabilities, answers.light
-
         return WarmVersion(
             version=version,
             class_names=learner.class_names,
@@ -145,9 +240,9 @@ class WarmVersions:
             channels=learner.model_config.channels,
             precision=predictor.precision,
             batcher=Batcher(
-                run,
+                _Desk(version, predictor, learner.model_config, self._cache),
                 self._inference,
-                max_batch=self._config.max_batch,
+                max_batch=most,
                 wait_s=self._config.batch_wait_s,
                 max_queue=self._config.max_queue,
             ),
