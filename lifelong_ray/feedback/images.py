@@ -30,6 +30,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_HASHED_ALONE = 2_047  # Bytes that hashlib hashes without letting other threads run.
 _QUICK_BYTES = 4_096  # About a thumbnail's: decoded in some 0.1 ms.
 _OTHER_MIME = {"JPEG": ("image/jpg", "image/pjpeg"), "BMP": ("image/x-ms-bmp", "image/x-bmp")}
 
@@ -80,18 +81,17 @@ def _decoded(data: bytes, limits: ImageConfig) -> Image.Image:
         raise BadImageError(
             "not_an_image", f"the body is not an image in one of the formats {formats}"
         ) from None
-    with image:
-        width, height = image.size
-        if width * height > limits.max_pixels:
-            raise _too_many_pixels(f"{width} x {height} pixels", limits)
-        try:
-            image.load()
-            turn = _TURNS.get(_orientation(image))
-            return image.transpose(turn) if turn is not None else image.copy()
-        except Exception:  # noqa: BLE001 - as above
-            raise BadImageError(
-                "truncated_image", f"the {image.format} image is cut short or damaged"
-            ) from None
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise _too_many_pixels(f"{width} x {height} pixels", limits)
+    try:
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        return image if turn is None else image.transpose(turn)
+    except Exception:  # noqa: BLE001 - as above
+        raise BadImageError(
+            "truncated_image", f"the {image.format} image is cut short or damaged"
+        ) from None
 
 
 def _too_many_pixels(found: str, limits: ImageConfig) -> BadImageError:
@@ -115,15 +115,21 @@ def _pixels(image: Image.Image) -> Pixels:
         narrow: Pixels = np.clip(wide >> 8, 0, 255).astype(np.uint8)[:, :, None]
         return narrow
     if image.mode in {"1", "L"}:
-        return np.array(image.convert("L"))[:, :, None]
+        return np.array(_in_mode(image, "L"))[:, :, None]
     if image.has_transparency_data:
         clear = image.convert("RGBA")
         image = Image.new("RGBA", clear.size, "white")
         image.alpha_composite(clear)
-    rgb = np.array(image.convert("RGB"))
+    rgb = np.array(_in_mode(image, "RGB"))
     if (rgb[..., 0] == rgb[..., 1]).all() and (rgb[..., 0] == rgb[..., 2]).all():
         return np.ascontiguousarray(rgb[..., :1])
     return rgb
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    # Pillow would make a copy, and let another thread run meanwhile, which costs more than a
+    # thumbnail's decoding.
+    return image if image.mode == mode else image.convert(mode)
 
 
 @lru_cache
@@ -206,8 +212,14 @@ def content_hash(pixels: Pixels) -> str:
     False
     """
     _check(pixels)
-    shape = "x".join(map(str, pixels.shape)).encode()
-    return hashlib.sha256(shape + b":" + pixels.tobytes()).hexdigest()
+    digest = hashlib.sha256("x".join(map(str, pixels.shape)).encode() + b":")
+    data = pixels.tobytes()
+    # Beyond `_HASHED_ALONE` other threads run meanwhile: good for a large image, and for a small
+    # one it takes longer to get the interpreter back than to hash.
+    step = _HASHED_ALONE if len(data) <= 8 * _HASHED_ALONE else len(data)
+    for first in range(0, len(data), step):
+        digest.update(data[first : first + step])
+    return digest.hexdigest()
 
 
 def encode_png(pixels: Pixels) -> bytes:

@@ -16,6 +16,7 @@ from lifelong_ray.types import OverloadedError
 Q = TypeVar("Q")
 A = TypeVar("A")
 import os
+
 _QUIET_S = float(os.environ.get("QUIET_S", "0.0003"))
 
 

@@ -84,6 +84,7 @@ logger = logging.getLogger(__name__)
 APP_NAME = "lifelong_ray"
 _STEPS = TypeAdapter(tuple[StepConfig, ...])
 
+
 class _Http(FastAPI):
     """Answers ``POST /predict`` ahead of FastAPI's layers, which take longer than a small model.
 
