@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +23,7 @@ from lifelong_ray.cycle import CycleReport
 from lifelong_ray.feedback import load_secrets, uuid7
 from lifelong_ray.release import Intent, Registry, ReleaseDesk
 from lifelong_ray.storage import open_store
-from lifelong_ray.types import LifelongError, VersionDamagedError, VersionError
+from lifelong_ray.types import ConfigError, LifelongError, VersionDamagedError, VersionError
 
 app = typer.Typer(
     help="A classifier that keeps learning while it serves.",
@@ -29,6 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+rollout_app = typer.Typer(help="Take a version towards stable.", no_args_is_help=True)
+app.add_typer(rollout_app, name="rollout")
 # Names, paths and messages are printed as they are: [b], :+1: and numbers mean nothing here.
 console = Console(markup=False, emoji=False, highlight=False)
 
@@ -209,23 +213,66 @@ def versions(config: ConfigOption = None, set_: SetOption = None) -> None:
         console.print(table)
 
 
-def _ask(
-    verb: str, config: Path | None, set_: list[str] | None, reason: str, *, force: bool = False
-) -> None:
+def _ask(config: Path | None, set_: list[str] | None, expected: str, **intent: object) -> None:
+    """Leave a wish for the controller, and say what will come of it.
+
+    Args:
+        expected: What happens; may name the versions ``{stable}``, ``{previous}`` and
+            ``{candidate}`` of the document.
+    """
     with reported_errors():
         store = open_store(load_config(config, tuple(set_ or ())).store)
-        intent = Intent.model_validate(
-            {
-                "id": str(uuid7(time.time())),
-                "verb": verb,
-                "actor": "cli",
-                "reason": reason,
-                "at_s": time.time(),
-                "force": force,
-            }
+        now_s = time.time()
+        asked = {"id": str(uuid7(now_s)), "actor": "cli", "at_s": now_s} | intent
+        try:
+            wish = Intent.model_validate(asked)
+        except ValidationError as error:
+            raise ConfigError("; ".join(str(e["msg"]) for e in error.errors())) from None
+        document = ReleaseDesk(store, time.time).request(wish)
+        rollout = document.rollout
+        told = expected.format(
+            stable=document.stable,
+            previous=document.previous,
+            candidate=wish.candidate or (rollout.candidate if rollout else "the candidate"),
         )
-        ReleaseDesk(store, time.time).request(intent)
-        console.print(f"{verb} asked for; the rollout controller carries it out")
+        console.print(f"{wish.verb} asked for; the rollout controller carries it out: {told}")
+
+
+@rollout_app.command("start")
+def rollout_start(
+    candidate: Annotated[str, typer.Argument(help="A registered version.")],
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    reason: ReasonOption = "",
+    steps: Annotated[
+        str, typer.Option(help="YAML, as rollout.steps; those of the configuration if left out.")
+    ] = "",
+    force: Annotated[bool, typer.Option(help="Without a passed gate, too.")] = False,
+) -> None:
+    """Ask for the rollout of a version, step by step towards stable."""
+    with reported_errors():
+        parsed = _yaml_list("--steps", steps)
+    _ask(
+        config,
+        set_,
+        "{candidate} is loaded, then takes its steps beside {stable}; lifelong status follows it",
+        verb="start",
+        reason=reason,
+        candidate=candidate,
+        steps=parsed,
+        force=force,
+    )
+
+
+def _yaml_list(option: str, text: str) -> list[Any]:
+    """Read a list that an option gives as YAML; empty for nothing."""
+    try:
+        value = yaml.safe_load(text) if text else []
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{option} is not YAML: {error}") from None
+    if not isinstance(value, list):
+        raise ConfigError(f"{option} must be a list, such as '[{{setWeight: 20}}]'; got {text!r}")
+    return value
 
 
 @app.command()
@@ -236,13 +283,29 @@ def promote(
     force: Annotated[bool, typer.Option(help="Without evidence, too.")] = False,
 ) -> None:
     """Ask for the candidate's promotion without the remaining steps."""
-    _ask("promote", config, set_, reason, force=force)
+    when = "once every front holds it" if force else "once the evidence is there"
+    told = f"{{candidate}} takes the place of {{stable}} {when}"
+    _ask(config, set_, told, verb="promote", reason=reason, force=force)
 
 
 @app.command()
 def abort(config: ConfigOption = None, set_: SetOption = None, reason: ReasonOption = "") -> None:
     """Ask for the end of the rollout; stable stays."""
-    _ask("abort", config, set_, reason)
+    told = "{candidate} gets no more requests, users stay with {stable}"
+    _ask(config, set_, told, verb="abort", reason=reason)
+
+
+@app.command()
+def pause(config: ConfigOption = None, set_: SetOption = None, reason: ReasonOption = "") -> None:
+    """Ask for the rollout to stay as it is until resumed."""
+    told = "{candidate} keeps its share until it is resumed; proof of being worse still aborts"
+    _ask(config, set_, told, verb="pause", reason=reason)
+
+
+@app.command()
+def resume(config: ConfigOption = None, set_: SetOption = None, reason: ReasonOption = "") -> None:
+    """Ask for a paused rollout to go on, accepting what paused it."""
+    _ask(config, set_, "{candidate} goes on with its steps", verb="resume", reason=reason)
 
 
 @app.command()
@@ -250,7 +313,8 @@ def rollback(
     config: ConfigOption = None, set_: SetOption = None, reason: ReasonOption = ""
 ) -> None:
     """Ask for the previous stable version."""
-    _ask("rollback", config, set_, reason)
+    told = "users return from {stable} to {previous} once every front holds it"
+    _ask(config, set_, told, verb="rollback", reason=reason)
 
 
 @app.command()

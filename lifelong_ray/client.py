@@ -153,6 +153,13 @@ class LifelongClient:
             body["force"] = True
         self._call("POST", f"/admin/rollout/{verb}", json=body)
 
+    def comparisons(
+        self, *, rollout: str = "", hours: float = 1.0, last: int = 100
+    ) -> dict[str, Any]:
+        """Operators: what both versions answered, of one rollout or of the last `hours`."""
+        wanted: dict[str, Any] = {"rollout": rollout} if rollout else {"hours": hours}
+        return self._call("GET", "/admin/comparisons", params={**wanted, "last": last})
+
     def drift(self) -> dict[str, Any]:
         """Operators: whether the traffic has changed."""
         return self._call("GET", "/admin/drift")

@@ -19,7 +19,7 @@ import time
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import FastAPI, Header, Request
+from fastapi import FastAPI, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter
 from ray import serve
@@ -35,6 +35,7 @@ from lifelong_ray.feedback import (
     uuid7,
 )
 from lifelong_ray.on_ray import metrics
+from lifelong_ray.on_ray.comparisons import compared
 from lifelong_ray.on_ray.front import (
     Front,
     NoVersionError,
@@ -74,7 +75,7 @@ from lifelong_ray.on_ray.schedule import submit_update
 from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
 from lifelong_ray.release import FrontReport, Intent, Registry, ReleaseDesk
 from lifelong_ray.storage import open_store
-from lifelong_ray.types import BadImageError, Pixels, ServingError
+from lifelong_ray.types import BadImageError, NotFoundError, Pixels, ServingError
 
 logger = logging.getLogger(__name__)
 
@@ -526,20 +527,23 @@ class FrontDeployment:
     async def admin_comparisons(
         self,
         authorization: Annotated[str | None, Header()] = None,
-        last: int = 100,
+        rollout: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+        hours: Annotated[float, Query(gt=0, le=744)] = 1.0,
+        last: Annotated[int, Query(ge=0, le=10_000)] = 100,
     ) -> dict[str, Any]:
-        """The latest paired answers of the rollouts of the last hour."""
+        """Pairs of answers: a summary per rollout, and the `last` of them.
+
+        Those of one `rollout` from its start, or of all in the last `hours`.
+        """
         self._require_operator(authorization)
-        since_s = time.time() - 3_600
-        rows = await self._front.in_thread(
-            lambda: LogTail(self._store, "comparisons", since_s).poll()
-        )
-        agreeing = sum(r.stable_class == r.candidate_class for r in rows)
-        return {
-            "num_comparisons": len(rows),
-            "agreement": agreeing / len(rows) if rows else None,
-            "comparisons": [r.__dict__ for r in rows[-max(0, last) :]],
-        }
+
+        def found() -> dict[str, Any]:
+            return compared(self._store, time.time, rollout_id=rollout, hours=hours, last=last)
+
+        try:
+            return await self._front.in_thread(found)
+        except NotFoundError as error:
+            raise RequestError(404, "unknown_rollout", str(error)) from None
 
     @http.get("/admin/drift", tags=["operators"])
     async def admin_drift(

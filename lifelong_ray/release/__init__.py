@@ -5,6 +5,12 @@ Pure decisions over frozen records, and two thin classes that keep the records i
 HTTP or Ray.
 """
 
+from lifelong_ray.release.comparisons import (
+    ComparisonSummary,
+    LabelledPairs,
+    ModelLatency,
+    summarise_comparisons,
+)
 from lifelong_ray.release.corrections import (
     Corrections,
     CorrectionVerdict,
@@ -52,6 +58,7 @@ __all__ = [
     "LATENCY_BOUNDS_MS",
     "Assignment",
     "Check",
+    "ComparisonSummary",
     "CorrectionVerdict",
     "Corrections",
     "Counter",
@@ -60,8 +67,10 @@ __all__ = [
     "GateReport",
     "Intent",
     "Interval",
+    "LabelledPairs",
     "Lease",
     "Manifest",
+    "ModelLatency",
     "Observation",
     "Pairs",
     "Phase",
@@ -85,4 +94,5 @@ __all__ = [
     "latency_quantile_ms",
     "needed_versions",
     "refused",
+    "summarise_comparisons",
 ]

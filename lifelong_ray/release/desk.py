@@ -214,6 +214,18 @@ class ReleaseDesk:
                 self._wait(attempt)
         raise _too_busy(f"write {key}")
 
+    def rollout(self, rollout_id: str) -> Rollout:
+        """Return a rollout, under way or ended, as its record has it.
+
+        Raises:
+            NotFoundError: If there was never one of that id.
+        """
+        try:
+            data = self._store.read(f"rollouts/{rollout_id}.json")
+        except (NotFoundError, ValueError):  # an id that is no key names nothing either
+            raise NotFoundError(f"there was never a rollout {rollout_id}") from None
+        return Rollout.model_validate(json.loads(data)["rollout"])
+
     def audit_trail(self, last: int | None = None) -> list[Event]:
         """Return the audit in order, or its `last` records."""
         keys = self._store.list("audit/")

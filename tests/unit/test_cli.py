@@ -121,7 +121,7 @@ def test_versions_are_listed_with_their_gate(run: Run, store: Store) -> None:
 # ---------------------------------------------------------------- promote, abort, rollback
 
 
-@pytest.mark.parametrize("verb", ["promote", "abort", "rollback"])
+@pytest.mark.parametrize("verb", ["promote", "abort", "pause", "resume", "rollback"])
 def test_a_wish_on_an_empty_store_is_refused_in_one_line(run: Run, verb: str) -> None:
     result = run(verb)
 
@@ -130,7 +130,7 @@ def test_a_wish_on_an_empty_store_is_refused_in_one_line(run: Run, verb: str) ->
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", ["promote", "abort", "rollback"])
+@pytest.mark.parametrize("verb", ["promote", "abort", "pause", "resume", "rollback"])
 def test_a_wish_without_a_rollout_is_refused(run: Run, store: Store, verb: str) -> None:
     register(store, "v1")
     release(store, "v1")
@@ -155,6 +155,108 @@ def test_a_wish_during_a_rollout_waits_for_the_controller(run: Run, store: Store
     intents = ReleaseDesk(store, clock).read()[0].intents
     assert result.exit_code == 0
     assert [(i.verb, i.actor, i.reason) for i in intents[1:]] == [("abort", "cli", "looks bad")]
+
+
+@pytest.mark.parametrize(
+    ("verb", "expected"),
+    [
+        (("promote",), "v1.1 takes the place of v1 once the evidence is there"),
+        (("promote", "--force"), "v1.1 takes the place of v1 once every front holds it"),
+        (("abort",), "v1.1 gets no more requests, users stay with v1"),
+        (("pause",), "v1.1 keeps its share until it is resumed"),
+    ],
+)
+def test_a_wish_says_what_will_come_of_it(
+    run: Run, store: Store, verb: tuple[str, ...], expected: str
+) -> None:
+    rolling_out(store)
+
+    result = run(*verb)
+
+    assert result.exit_code == 0
+    assert f"{verb[0]} asked for; the rollout controller carries it out: " in result.stdout
+    assert expected in result.stdout
+
+
+def test_resume_is_refused_while_nothing_is_paused_and_taken_once_it_is(
+    run: Run, store: Store
+) -> None:
+    rolling_out(store)
+    refused = run("resume")
+    run("pause")
+
+    taken = run("resume")
+
+    assert refused.exit_code == 1
+    assert "was not paused by anyone" in refused.stderr
+    assert taken.exit_code == 0
+    assert "v1.1 goes on with its steps" in taken.stdout
+
+
+def rolling_out(store: Store) -> None:
+    register(store, "v1")
+    register(store, "v1.1", "v1")
+    release(store, "v1")
+    desk = ReleaseDesk(store, clock)
+    document, tag = desk.read()
+    rollout = Rollout(
+        id="r",
+        candidate="v1.1",
+        steps=(StepConfig(setWeight=5),),
+        salt="s",
+        started_at_s=0.0,
+        step_started_at_s=0.0,
+    )
+    desk.swap(document.changed(rollout=rollout), tag)
+
+
+# ---------------------------------------------------------------- rollout start
+
+
+def test_a_rollout_is_started_with_steps_of_its_own(run: Run, store: Store) -> None:
+    register(store, "v1")
+    register(store, "v1.1", "v1")
+    release(store, "v1")
+
+    result = run(
+        "rollout", "start", "v1.1", "--reason", "Friday", "--steps", "[{setWeight: 20}, {pause: 9}]"
+    )
+
+    [intent] = ReleaseDesk(store, clock).read()[0].intents
+    assert result.exit_code == 0
+    assert "v1.1 is loaded, then takes its steps beside v1" in result.stdout
+    assert (intent.verb, intent.candidate, intent.reason) == ("start", "v1.1", "Friday")
+    assert intent.steps == (StepConfig(setWeight=20), StepConfig(pause=9))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("v9",), "v9"),
+        (("v1.2",), "v1.2 has not passed the gate"),
+        (("v1",), "v1 is stable already"),
+        (("v1.1", "--steps", "[{setWeight: 120}]"), "less than or equal to 100"),
+        (("v1.1", "--steps", "[{pause: 5}]"), "step 1 can never end"),
+        (("v1.1", "--steps", "20"), "--steps must be a list"),
+        (("v1.1", "--steps", "[{"), "--steps is not YAML"),
+    ],
+)
+def test_a_rollout_that_cannot_be_is_refused_and_changes_nothing(
+    run: Run, store: Store, arguments: tuple[str, ...], message: str
+) -> None:
+    register(store, "v1")
+    register(store, "v1.1", "v1")
+    register(store, "v1.2", "v1", gate=REFUSED)
+    release(store, "v1")
+    before = store.read("current.json")
+
+    result = run("rollout", "start", *arguments)
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert store.read("current.json") == before
 
 
 # ---------------------------------------------------------------- init, doctor
