@@ -567,6 +567,11 @@ class RolloutConfig(_Branch):
     max_latency_ratio: float = Field(
         5.0, gt=0, description="p99 inside the candidate over p99 inside stable that pauses."
     )
+    sample_ratio_alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.001,
+        description="Largest share of rollouts paused because requests seem not to be split by "
+        "weight although they are, however often one looks.",
+    )
     slot_max_weight: Annotated[int, Field(ge=0, le=100)] = Field(
         20, description="Up to this weight a slot answers; above, the fronts do, in process."
     )

@@ -39,6 +39,7 @@ from lifelong_ray.release import (
     Registry,
     ReleaseDesk,
     ReleaseDocument,
+    Split,
     assign,
     needed_versions,
 )
@@ -168,6 +169,7 @@ class Front:
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="front")
         self._decode_small = Together(self._decoded, self._threads)
         self._counters: dict[str, Counter] = {}
+        self._assigned: dict[Split, tuple[int, ...]] = {}
         self._cache: AnswerCache[VersionAnswer] = AnswerCache(config.serving.cache_bytes)
         self._comparing: set[asyncio.Task[None]] = set()
         self._comparing_bytes = 0
@@ -218,6 +220,12 @@ class Front:
     ) -> Served:
         """Answer one image with the version its `key` is assigned to.
 
+        Args:
+            image: What to classify.
+            key: Whom the version sticks to; drawn at random where there is no `user`.
+            override: As `assign` takes it.
+            user: Who asks; empty means nobody in particular.
+
         Raises:
             NoVersionError: If nothing can answer yet.
             OverloadedError: If too many images are waiting.
@@ -236,11 +244,24 @@ class Front:
                 or "no version is released yet; run train_job.py --base to make the first"
             )
         assignment = assign(document, key, override)
+        if not user and not override:
+            self._count_assigned(document, assignment)
         variant, answers = await self._ask_assigned(document, assignment, images)
         return [
             self._log(document, assignment, variant, answer, image, user)
             for answer, image in zip(answers, images, strict=True)
         ]
+
+    def _count_assigned(self, document: ReleaseDocument, assignment: Assignment) -> None:
+        """Count a request that chance alone assigned, whoever answers it in the end."""
+        rollout = document.rollout
+        if rollout is None or not 0 < rollout.weight < 100:
+            return
+        stable, candidate = self._assigned.get(rollout.split, (0, 0))
+        if assignment.variant == "candidate":
+            self._assigned[rollout.split] = stable, candidate + 1
+        else:
+            self._assigned[rollout.split] = stable + 1, candidate
 
     def _log(
         self,
@@ -482,8 +503,16 @@ class Front:
                 doc_seq=self.document.seq,
                 warm_versions=self._warm.names,
                 counters=dict(self._counters),
+                assigned=self._assigned_in_trial(),
             )
         )
+
+    def _assigned_in_trial(self) -> dict[Split, tuple[int, ...]]:
+        """The counts of the trial under way; those of earlier ones are forgotten."""
+        rollout = self.document.rollout
+        for split in [s for s in self._assigned if rollout is None or s.trial != rollout.id]:
+            del self._assigned[split]
+        return dict(self._assigned)
 
 
 def clean_label(label: object) -> str:

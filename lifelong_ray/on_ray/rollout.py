@@ -25,6 +25,7 @@ from lifelong_ray.release import (
     Pairs,
     ReleaseDesk,
     Rollout,
+    Split,
     advance,
     count_corrections,
     count_pairs,
@@ -120,6 +121,9 @@ class Controller:
         self.holder = str(uuid7(now_s()))
         self._lock = threading.Lock()
         self._fronts: dict[str, FrontReport] = {}
+        # Kept when a front dies, so that within a controller's life counts only grow. The next
+        # controller knows the living alone: a test of its own, over fewer requests.
+        self._assigned: dict[tuple[str, Split], tuple[int, ...]] = {}
         self._slots: dict[str, _SlotReport] = {}
         self._evidence: tuple[str, Evidence] | None = None
         self._pairs = Pairs()
@@ -128,6 +132,8 @@ class Controller:
         """Remember the latest heartbeat of a front."""
         with self._lock:
             self._fronts[report.front_id] = report
+            for split, by_arm in report.assigned.items():
+                self._assigned[report.front_id, split] = by_arm
 
     def take_slot_report(
         self,
@@ -197,7 +203,18 @@ class Controller:
                 slot_ready=slot_ready,
                 agreement=self._evidence[1].agreement if self._evidence else None,
                 corrections=corrections,
+                assigned=self._pooled(rollout.id if rollout is not None else ""),
             )
+
+    def _pooled(self, trial: str) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Requests by arm under every weight of a trial, over all fronts; forgets other trials."""
+        for key in [key for key in self._assigned if key[1].trial != trial]:
+            del self._assigned[key]
+        pooled: dict[tuple[int, ...], tuple[int, ...]] = {}
+        for (_, split), by_arm in self._assigned.items():
+            before = pooled.get(split.weights, (0,) * len(by_arm))
+            pooled[split.weights] = tuple(a + b for a, b in zip(before, by_arm, strict=True))
+        return pooled
 
     def _live_fronts(self) -> tuple[FrontReport, ...]:
         fresh_s = self._now_s() - self._config.rollout.heartbeat_timeout_s

@@ -41,6 +41,7 @@ from lifelong_ray.release.fronts import (
     LATENCY_BOUNDS_MS,
     Counter,
     FrontReport,
+    Split,
     latency_quantile_ms,
 )
 from lifelong_ray.release.gate import Check, GateReport, judge_base, judge_update, refused
@@ -52,6 +53,7 @@ from lifelong_ray.release.rollout import (
     assign,
     needed_versions,
 )
+from lifelong_ray.release.sample_ratio import SampleRatio, SplitCounts, sample_ratio
 
 __all__ = [
     "DOCUMENT_KEY",
@@ -78,6 +80,9 @@ __all__ = [
     "ReleaseDesk",
     "ReleaseDocument",
     "Rollout",
+    "SampleRatio",
+    "Split",
+    "SplitCounts",
     "Verb",
     "Verdict",
     "advance",
@@ -94,5 +99,6 @@ __all__ = [
     "latency_quantile_ms",
     "needed_versions",
     "refused",
+    "sample_ratio",
     "summarise_comparisons",
 ]

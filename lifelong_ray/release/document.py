@@ -15,13 +15,14 @@ from pydantic import Field, model_validator
 
 from lifelong_ray.config import StepConfig, check_steps
 from lifelong_ray.release.analysis import MetricRun
+from lifelong_ray.release.fronts import Split
 from lifelong_ray.release.records import Record
 
 Phase = Literal["Progressing", "Paused", "Healthy", "Degraded"]
 """Argo Rollouts' words; Healthy and Degraded only in the record of an ended rollout."""
 
 Verb = Literal["start", "promote", "abort", "pause", "resume", "rollback"]
-PauseCause = Literal["operator", "latency", "analysis", "evidence"]
+PauseCause = Literal["operator", "latency", "analysis", "sample_ratio", "evidence"]
 What = Literal[
     "created",
     "started",
@@ -93,6 +94,7 @@ class Rollout(Record):
         step_started_at_s: Unix time at which the step came into force.
         step_baseline: (requests, errors) of the candidate by front when the step began.
         latency_accepted: An operator resumed it in spite of its latency.
+        sample_ratio_accepted: An operator resumed it although requests are not split by weight.
         weights: Unix time from which the candidate had which weight, in order.
         in_step: The looks at the metrics of the step in force.
         throughout: Those at the metrics of the whole rollout.
@@ -116,12 +118,18 @@ class Rollout(Record):
     step_started_at_s: float
     step_baseline: dict[str, tuple[int, int]] = Field(default_factory=dict)
     latency_accepted: bool = False
+    sample_ratio_accepted: bool = False
     weights: tuple[tuple[float, int], ...] = ()
     in_step: tuple[MetricRun, ...] = ()
     throughout: tuple[MetricRun, ...] = ()
     accepted: tuple[Literal["step", "rollout"], ...] = ()
     promotion: Intent | None = None
     message: str = ""
+
+    @property
+    def split(self) -> Split:
+        """How requests are divided between stable and the candidate."""
+        return Split(self.id, (100 - self.weight, self.weight))
 
     @property
     def step(self) -> StepConfig | None:

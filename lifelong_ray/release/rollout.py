@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lifelong_ray.config import Measured, RolloutConfig
@@ -22,6 +22,7 @@ from lifelong_ray.release.corrections import Corrections, CorrectionVerdict, jud
 from lifelong_ray.release.document import Event, PauseCause, ReleaseDocument, Rollout
 from lifelong_ray.release.evidence import Pairs, Verdict, judge_evidence
 from lifelong_ray.release.fronts import Counter, FrontReport, latency_quantile_ms, total
+from lifelong_ray.release.sample_ratio import SampleRatio, SplitCounts, sample_ratio
 from lifelong_ray.release.transitions import aborted, applied, promoted, rolled_back
 from lifelong_ray.types import RolloutError
 
@@ -58,6 +59,9 @@ class Observation:
         agreement: Share of the compared requests that both versions answered alike; None
             without any.
         corrections: Of answers that the document's rollout had either version give.
+        assigned: Requests of the document's rollout that chance alone assigned, to stable and to
+            the candidate. Those of a front that nobody remembers are left out with the weights
+            they were assigned under, which favours neither side.
     """
 
     now_s: float
@@ -66,6 +70,7 @@ class Observation:
     slot_ready: bool
     agreement: float | None = None
     corrections: Corrections = Corrections()  # noqa: RUF009 - frozen
+    assigned: SplitCounts = field(default_factory=dict)
 
 
 def assign(document: ReleaseDocument, key: str, override: str | None = None) -> Assignment:
@@ -165,6 +170,7 @@ class _Decider:
             limit=config.max_correction_ratio,
             least=config.min_corrections,
         )
+        self.ratio: SampleRatio = sample_ratio(observation.assigned)
         self.evidence = self.verdict if config.evidence == "audit" else self.by_users
         lease = document.lease
         self.who = f"controller {lease.holder}" if lease is not None else "controller"
@@ -280,10 +286,15 @@ class _Decider:
         return found
 
     def _reason_to_pause(self) -> tuple[PauseCause, str] | None:
-        """What somebody should look at: an analysis that did not decide, or a slow model."""
+        """What somebody should look at: an undecided analysis, a wrong split, a slow model."""
         for name, phase, why in self._analyses():
             if phase == "Inconclusive" and name not in self.rollout.accepted:
                 return "analysis", f"analysis inconclusive: {why}; resume accepts it"
+        if self.rollout.paused_by == "sample_ratio":
+            return "sample_ratio", self.rollout.message  # proven once is proven
+        accepted = self.rollout.sample_ratio_accepted
+        if not accepted and self.ratio.is_off(self.config.sample_ratio_alpha):
+            return "sample_ratio", self._ratio_told()
         if self.rollout.latency_accepted or self.rollout.step is None:
             return None
         slow, usual = self._p99_ms()
@@ -293,6 +304,14 @@ class _Decider:
         return "latency", (
             f"p99 inside the model {slow:.1f} ms against {usual:.1f} ms stable, "
             f"above {limit:g} times; resume accepts it"
+        )
+
+    def _ratio_told(self) -> str:
+        observed, expected = self.ratio.observed, self.ratio.expected
+        return (
+            f"requests are not split by weight: chance assigned {observed[0]} to stable and "
+            f"{observed[1]} to {self.rollout.candidate}, where {expected[0]:.0f} and "
+            f"{expected[1]:.0f} were due; resume accepts it"
         )
 
     def _unacknowledged(self) -> str | None:
@@ -415,6 +434,9 @@ class _Decider:
             "log_e_corrections_not_inferior": self.by_users.log_e_not_inferior,
             "alpha": self.config.alpha,
             "margin": self.config.margin,
+            "assigned": list(self.ratio.observed),
+            "assigned_expected": list(self.ratio.expected),
+            "log_e_sample_ratio": self.ratio.log_e,
             "step_requests": self.in_step.requests,
             "step_errors": self.in_step.errors,
             "live_fronts": len(self.live),

@@ -207,7 +207,7 @@ def _objection_to_steering(rollout: Rollout, intent: Intent) -> str | None:
         return f"{asked.actor} already asked to promote {rollout.candidate}: {rollout.message}"
     if intent.verb == "pause" and rollout.paused_by == "operator":
         return f"the rollout of {rollout.candidate} is already {rollout.message}"
-    if intent.verb == "resume" and rollout.paused_by not in ("operator", "latency", "analysis"):
+    if intent.verb == "resume" and rollout.paused_by in (None, "evidence"):
         return (
             f"the rollout of {rollout.candidate} was not paused by anyone; it waits by itself: "
             f"{rollout.message or 'for its next step'}"
@@ -260,9 +260,10 @@ def _steered(rollout: Rollout, intent: Intent) -> Rollout:
             changes |= {"promotion": intent, "message": f"promotion asked by {intent.actor}"}
         else:
             changes["message"] = f"resumed by {intent.actor}"
-            changes["latency_accepted"] = rollout.latency_accepted or rollout.paused_by == "latency"
             if rollout.paused_by == "analysis":
                 changes["accepted"] = ("step", "rollout")
+            elif rollout.paused_by in ("latency", "sample_ratio"):
+                changes[f"{rollout.paused_by}_accepted"] = True
     return rollout.model_copy(update=changes)
 
 

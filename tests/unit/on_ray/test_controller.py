@@ -16,6 +16,7 @@ from lifelong_ray.release import (
     Intent,
     ReleaseDesk,
     ReleaseDocument,
+    Split,
 )
 from lifelong_ray.storage import Store
 from lifelong_ray.types import Comparison, ConflictError, Feedback
@@ -41,6 +42,7 @@ class Stage:
     front_is_alive: bool = True
     warm: tuple[str, ...] = ("v1", "v1.1")
     num_rows: int = 0
+    assigned: dict[Split, tuple[int, ...]] = field(default_factory=dict)
     desk: ReleaseDesk = field(init=False)
     log: LogWriter = field(init=False)
 
@@ -75,6 +77,7 @@ class Stage:
                         doc_seq=self.document.seq,
                         warm_versions=self.warm,
                         counters={"v1.1": Counter(self.asked, self.errors)},
+                        assigned=self.assigned,
                     )
                 )
                 controller.take_slot_report("slot", self.now_s, ("v1.1",))
@@ -334,6 +337,54 @@ def test_a_wish_that_comes_between_reading_and_writing_is_not_lost(
 
     assert meetings
     assert stage.history()[-1] == "aborted"
+
+
+def test_fronts_that_do_not_split_by_weight_pause_the_rollout_on_the_record(stage: Stage) -> None:
+    controller = stage.controller()
+    stage.start()
+    rollout = stage.tick(controller, times=3).rollout
+    assert rollout is not None
+    stage.assigned = {Split("another-rollout", (90, 10)): (0, 5_000)}
+    assert stage.tick(controller).rollout == rollout
+
+    stage.assigned = {rollout.split: (995, 5)}
+    document = stage.tick(controller)
+
+    assert document.rollout is not None
+    assert document.rollout.paused_by == "sample_ratio"
+    pause = stage.desk.audit_trail()[-1]
+    assert (pause.what, pause.evidence["assigned"]) == ("paused", [995, 5])
+
+    stage.ask("resume")
+    assert stage.tick(controller, times=2).rollout.paused_by is None  # type: ignore[union-attr]  # under way
+
+
+def test_requests_of_a_front_that_died_keep_their_count_until_the_controller_does(
+    stage: Stage,
+) -> None:
+    first, second = stage.controller(), stage.controller()
+    stage.start()
+    rollout = stage.tick(first, times=3).rollout
+    assert rollout is not None
+    died = FrontReport(
+        front_id="died",
+        at_s=stage.now_s,
+        doc_seq=stage.document.seq,
+        warm_versions=stage.warm,
+        assigned={rollout.split: (250, 25)},
+    )
+    first.take_front_report(died)
+    stage.assigned = {rollout.split: (600, 66)}
+    stage.tick(first, times=8)
+    stage.asked = 30
+    stage.tick(first)
+
+    assert stage.desk.audit_trail()[-1].evidence["assigned"] == [850, 91]
+    stage.now_s += 20
+    stage.assigned = {rollout.split: (5_000, 0)}
+    document = stage.tick(second)
+    assert document.rollout is not None
+    assert stage.desk.audit_trail()[-1].evidence["assigned"] == [5_000, 0]
 
 
 def test_an_idle_controller_writes_only_to_keep_its_lease(stage: Stage) -> None:

@@ -96,6 +96,12 @@ class Scene:
         await until(lambda: len(compared()) >= num_comparisons)
         return compared()
 
+    async def assigned(self) -> Any:
+        """Requests by arm, as the next heartbeat tells them."""
+        num_heard = len(self.book.reports)
+        await until(lambda: len(self.book.reports) > num_heard + 1)
+        return self.book.last.assigned
+
     async def counted(self, version: str) -> tuple[int, int] | None:
         """Requests and errors of a version, as the next heartbeat tells them."""
         num_heard = len(self.book.reports)
@@ -341,6 +347,57 @@ def test_a_candidate_that_fails_in_process_costs_no_answer_and_counts_once(
             assert (served.variant, served.answer.class_name) == ("stable", "low")
         assert await scene.counted("v1.1") == (6, 5)
         assert scene.slot.num_asked == 0
+
+    run(play, store)
+
+
+# -- who was assigned -----------------------------------------------------------------------
+
+
+def test_only_requests_that_chance_assigns_are_counted_by_arm(store: MemoryStore) -> None:
+    add_version(store)
+    rollout = rollout_of("v1.1", weight=20)
+
+    async def play(scene: Scene) -> None:
+        await scene.change(rollout=rollout)
+        served = [await scene.answer(key=f"request-{n}") for n in range(60)]
+        for n in range(5):
+            await scene.answer(key="ada", user="ada")
+            await scene.answer(key=f"forced-{n}", override="always")
+        told = await scene.assigned()
+
+        arms = Counter(one.variant for one in served)
+        assert told == {rollout.split: (arms["stable"], arms["candidate"])}
+        assert arms["candidate"] > 0
+
+    run(play, store)
+
+
+def test_a_request_counts_for_its_arm_although_another_answers(store: MemoryStore) -> None:
+    add_version(store)
+    rollout = rollout_of("v1.1", weight=20)
+
+    async def play(scene: Scene) -> None:
+        await scene.change(rollout=rollout)
+        served = [await scene.answer(key=f"request-{n}") for n in range(60)]
+        assert {one.variant for one in served} == {"stable"}
+        [(stable, candidate)] = (await scene.assigned()).values()
+        assert stable + candidate == 60
+        assert candidate > 0
+
+    run(play, store, slot=FakeSlot(RuntimeError("gone")))
+
+
+def test_counts_of_an_ended_rollout_are_forgotten(store: MemoryStore) -> None:
+    add_version(store)
+
+    async def play(scene: Scene) -> None:
+        await scene.change(rollout=rollout_of("v1.1", weight=20))
+        await scene.answer()
+        assert await scene.assigned()
+        await scene.change(rollout=None)
+        await scene.answer()
+        assert await scene.assigned() == {}
 
     run(play, store)
 

@@ -1,5 +1,6 @@
 """The rollout state machine: when a candidate moves on, waits, becomes stable or is taken back."""
 
+import math
 import random
 from dataclasses import replace
 from typing import get_args
@@ -429,6 +430,55 @@ def test_high_latency_inside_the_model_pauses_until_it_falls_or_is_accepted() ->
 
 
 # ---------------------------------------------------------------- operators
+
+
+def seeing_split(
+    document: ReleaseDocument, stable: int, candidate: int, weight: int = 5
+) -> Observation:
+    front = a_front(document, requests=99)
+    return replace(seeing(front), assigned={(100 - weight, weight): (stable, candidate)})
+
+
+def test_requests_that_are_not_split_by_weight_pause_a_rollout_until_that_is_accepted() -> None:
+    document = at_step(1)
+
+    paused, events = advance(document, seeing_split(document, 990, 10), CONFIG)
+    still, none = advance(paused, seeing_split(paused, 1_900, 100), CONFIG)
+    resumed, _ = advance(asked(still, "resume"), seeing_split(still, 990, 10), CONFIG)
+    moved, _ = advance(resumed, seeing_split(resumed, 990, 10), CONFIG)
+
+    assert rollout_of(paused).paused_by == "sample_ratio"
+    assert events[0].why == (
+        "requests are not split by weight: chance assigned 990 to stable and 10 to v1.1, "
+        "where 950 and 50 were due; resume accepts it"
+    )
+    assert events[0].evidence["assigned"] == [990, 10]
+    assert events[0].evidence["log_e_sample_ratio"] > math.log(1_000)
+    assert (still, none) == (paused, ())  # proven once is proven, and nothing is written
+    assert rollout_of(moved).weight == 20
+
+
+def test_requests_split_by_weight_pause_nothing() -> None:
+    document = at_step(1)
+
+    moved, _ = advance(document, seeing_split(document, 948, 52), CONFIG)
+
+    assert rollout_of(moved).weight == 20
+
+
+def test_a_wrong_split_stops_a_promotion_but_neither_a_forced_one_nor_an_abort() -> None:
+    document = at_step(3)
+    off = seeing_split(document, 900, 100, weight=50)
+
+    held, _ = advance(document, replace(off, pairs=GOOD), CONFIG)
+    taken_back, _ = advance(document, replace(off, pairs=BAD), CONFIG)
+    forced, _ = advance(asked(held, "promote", force=True), off, CONFIG)
+    forced, _ = advance(forced, replace(off, fronts=(a_front(forced),)), CONFIG)
+
+    assert rollout_of(held).paused_by == "sample_ratio"
+    assert taken_back.rollout is None
+    assert taken_back.stable == "v1"
+    assert forced.stable == "v1.1"
 
 
 def test_an_operators_pause_holds_until_resumed() -> None:
