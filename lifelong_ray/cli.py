@@ -21,7 +21,7 @@ from lifelong_ray.client import LifelongClient
 from lifelong_ray.config import default_file, load_config
 from lifelong_ray.cycle import CycleReport
 from lifelong_ray.feedback import load_secrets, uuid7
-from lifelong_ray.release import Intent, Registry, ReleaseDesk
+from lifelong_ray.release import Experiment, Intent, Registry, ReleaseDesk
 from lifelong_ray.storage import open_store
 from lifelong_ray.types import ConfigError, LifelongError, VersionDamagedError, VersionError
 
@@ -33,6 +33,8 @@ app = typer.Typer(
 )
 rollout_app = typer.Typer(help="Take a version towards stable.", no_args_is_help=True)
 app.add_typer(rollout_app, name="rollout")
+experiment_app = typer.Typer(help="Several versions side by side.", no_args_is_help=True)
+app.add_typer(experiment_app, name="experiment")
 # Names, paths and messages are printed as they are: [b], :+1: and numbers mean nothing here.
 console = Console(markup=False, emoji=False, highlight=False)
 
@@ -188,6 +190,10 @@ def status(
                 f"rollout   {rollout.candidate}: {rollout.phase}, weight {rollout.weight} %, "
                 f"step {rollout.step_index + 1} of {len(rollout.steps)}; {rollout.message}"
             )
+        experiment = document.experiment
+        if experiment is not None:
+            arms = ", ".join(f"{arm.version} {arm.weight} %" for arm in experiment.arms)
+            console.print(f"experiment {arms}; {experiment.message or 'under way'}")
 
 
 @app.command()
@@ -262,6 +268,118 @@ def rollout_start(
         steps=parsed,
         force=force,
     )
+
+
+@experiment_app.command("start")
+def experiment_start(
+    arm: Annotated[
+        list[str],
+        typer.Option(help="VERSION=PER_CENT; once per arm, stable among them, 100 together."),
+    ],
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    reason: ReasonOption = "",
+    hours: Annotated[float, typer.Option(help="After which it ends by itself.")] = 24.0,
+    adaptive: Annotated[
+        bool, typer.Option(help="Let weights follow what is seen (Thompson sampling).")
+    ] = False,
+    metric: Annotated[
+        str, typer.Option(help="What adaptive weights go by: accuracy or corrections.")
+    ] = "accuracy",
+) -> None:
+    """Ask for requests to be divided among versions, and measured; stable stays."""
+    with reported_errors():
+        arms = [_arm(text) for text in arm]
+    _ask(
+        config,
+        set_,
+        "requests are divided once every front holds every arm; {stable} stays stable",
+        verb="start_experiment",
+        reason=reason,
+        experiment={
+            "arms": arms,
+            "end_s": time.time() + 3_600 * hours,
+            "adaptive": adaptive,
+            "metric": metric,
+        },
+    )
+
+
+def _arm(text: str) -> dict[str, Any]:
+    version, _, weight = text.partition("=")
+    if not version or not weight.isdecimal():
+        raise ConfigError(f"--arm is {text!r}; give VERSION=PER_CENT, such as v1.1=20")
+    return {"version": version, "weight": int(weight)}
+
+
+@experiment_app.command("end")
+def experiment_end(
+    config: ConfigOption = None, set_: SetOption = None, reason: ReasonOption = ""
+) -> None:
+    """Ask for the end of the experiment; its result is stored, stable stays."""
+    told = "its result is stored, users return to {stable}"
+    _ask(config, set_, told, verb="end_experiment", reason=reason)
+
+
+@experiment_app.command("show")
+def experiment_show(
+    experiment_id: Annotated[str, typer.Argument(help="That under way if left out.")] = "",
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="Write it as JSON.")] = None,
+) -> None:
+    """Show what an experiment comes to, so far or in the end."""
+    with reported_errors():
+        desk = ReleaseDesk(open_store(load_config(config, tuple(set_ or ())).store), time.time)
+        experiment = desk.experiment(experiment_id) if experiment_id else desk.read()[0].experiment
+        if experiment is None:
+            raise LifelongError(
+                "no experiment is under way; name an ended one, or begin one with "
+                "lifelong experiment start"
+            )
+        write_json(out, experiment.model_dump(mode="json"))
+        _print_experiment(experiment)
+
+
+def _print_experiment(experiment: Experiment) -> None:
+    state = "under way" if experiment.began_s else experiment.message
+    if experiment.ended_at_s is not None:
+        state = f"ended by {experiment.ended_by}: {experiment.ended_why}"
+    console.print(f"{experiment.id}: {state}", soft_wrap=True)
+    result = experiment.result
+    if result is None:
+        console.print(", ".join(f"{arm.version} {arm.weight} %" for arm in experiment.arms))
+        return
+    sure = f"{100 * (1 - result.alpha):g} % interval"
+    table = Table()
+    columns = ("arm", "weight, %", "requests", "labelled", "accuracy", sure, "corrections")
+    for column in (*columns, "accuracy less stable's", sure):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    differences = {one.version: one for one in result.against_stable}
+    for arm, seen in zip(experiment.arms, result.arms, strict=True):
+        one = differences.get(arm.version)
+        table.add_row(
+            arm.version,
+            str(arm.weight),
+            f"{seen.requests:,}",
+            f"{seen.labelled:,}",
+            "-" if seen.accuracy is None else f"{seen.accuracy:.3f}",
+            f"{seen.accuracy_low:.3f} to {seen.accuracy_high:.3f}",
+            f"{seen.corrections:,}",
+            (
+                "-"
+                if one is None or one.accuracy_difference is None
+                else f"{one.accuracy_difference:+.3f}"
+            ),
+            (
+                f"{one.accuracy_difference_low:+.3f} to {one.accuracy_difference_high:+.3f}"
+                if one
+                else "stable"
+            ),
+        )
+    console.print(table)
+    if not result.is_split_by_weight:
+        console.print("requests are not split by weight; nothing of this is sure", soft_wrap=True)
 
 
 def _yaml_list(option: str, text: str) -> list[Any]:

@@ -587,6 +587,19 @@ class RolloutConfig(_Branch):
         return steps
 
 
+class ExperimentConfig(_Branch):
+    """Several versions side by side."""
+
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.05, description="Share of the intervals in a result that may miss the truth, each alone."
+    )
+    interval_s: PositiveSeconds = Field(
+        60.0,
+        description="Seconds from one result so far to the next; adaptive weights change as often. "
+        "Requests of a front that dies are lost for so long.",
+    )
+
+
 Day = Literal["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]
 _CLOCK = r"^([01]\d|2[0-3]):[0-5]\d$"
 
@@ -745,6 +758,7 @@ class Config(_Branch):
     drift: DriftConfig = DriftConfig()
     gate: GateConfig = GateConfig()
     rollout: RolloutConfig = RolloutConfig()
+    experiment: ExperimentConfig = ExperimentConfig()
     serving: ServingConfig = ServingConfig()
     training: TrainingConfig = TrainingConfig()
     tuning: TuningConfig = TuningConfig()

@@ -170,6 +170,7 @@ class Front:
         self._decode_small = Together(self._decoded, self._threads)
         self._counters: dict[str, Counter] = {}
         self._assigned: dict[Split, tuple[int, ...]] = {}
+        self._by_arm: dict[str, tuple[int, ...]] = {}
         self._cache: AnswerCache[VersionAnswer] = AnswerCache(config.serving.cache_bytes)
         self._comparing: set[asyncio.Task[None]] = set()
         self._comparing_bytes = 0
@@ -244,24 +245,25 @@ class Front:
                 or "no version is released yet; run train_job.py --base to make the first"
             )
         assignment = assign(document, key, override)
-        if not user and not override:
-            self._count_assigned(document, assignment)
+        self._count_assigned(document, assignment, by_chance=not user)
         variant, answers = await self._ask_assigned(document, assignment, images)
         return [
             self._log(document, assignment, variant, answer, image, user)
             for answer, image in zip(answers, images, strict=True)
         ]
 
-    def _count_assigned(self, document: ReleaseDocument, assignment: Assignment) -> None:
-        """Count a request that chance alone assigned, whoever answers it in the end."""
-        rollout = document.rollout
-        if rollout is None or not 0 < rollout.weight < 100:
+    def _count_assigned(
+        self, document: ReleaseDocument, assignment: Assignment, *, by_chance: bool
+    ) -> None:
+        """Count a request for the arm it was assigned to, whoever answers it in the end."""
+        trial = document.trial
+        if trial is None or assignment.chosen:
             return
-        stable, candidate = self._assigned.get(rollout.split, (0, 0))
-        if assignment.variant == "candidate":
-            self._assigned[rollout.split] = stable, candidate + 1
-        else:
-            self._assigned[rollout.split] = stable + 1, candidate
+        arm, nothing = trial.variants.index(assignment.variant), (0,) * len(trial.variants)
+        self._by_arm[trial.id] = _one_more(self._by_arm.get(trial.id, nothing), arm)
+        split = trial.split
+        if by_chance and split is not None:
+            self._assigned[split] = _one_more(self._assigned.get(split, nothing), arm)
 
     def _log(
         self,
@@ -274,7 +276,9 @@ class Front:
     ) -> Served:
         audit = self._rng.random() < self._config.feedback.audit_share
         now_s = self._now_s()
-        request_id = self._ids.issue(now_s, answer.version, variant, answer.class_name, audit)
+        request_id = self._ids.issue(
+            now_s, answer.version, variant, answer.class_name, audit, chosen=assignment.chosen
+        )
         self.log.log_prediction(
             Prediction(
                 request_id=request_id,
@@ -364,13 +368,13 @@ class Front:
     async def _ask_assigned(
         self, document: ReleaseDocument, assignment: Assignment, images: Sequence[CleanImage]
     ) -> tuple[str, list[VersionAnswer]]:
-        if assignment.variant == "candidate":
+        if assignment.variant != "stable":
             candidate = assignment.version
             asked = (self._ask_candidate(document, candidate, image) for image in images)
             try:
-                return "candidate", await asyncio.gather(*asked)
+                return assignment.variant, await asyncio.gather(*asked)
             except Exception as error:  # noqa: BLE001 - whatever it is, stable answers instead
-                logger.warning("candidate %s did not answer: %r", candidate, error)
+                logger.warning("version %s did not answer: %r", candidate, error)
         stable = str(document.stable)
         return "stable", await asyncio.gather(*(self._ask_held(stable, image) for image in images))
 
@@ -389,6 +393,8 @@ class Front:
     async def _ask_candidate(
         self, document: ReleaseDocument, version: str, image: CleanImage
     ) -> VersionAnswer:
+        if document.experiment is not None:
+            return await self._ask_held(version, image)  # no slot holds an arm
         in_process = (
             document.rollout is not None
             and document.rollout.weight > self._config.rollout.slot_max_weight
@@ -496,6 +502,7 @@ class Front:
         self._warm.hold(wanted | ({current} if current else set()))
         if document.stable is None or document.stable in self._warm.names:
             self.document = document
+        self._forget_ended_trials()
         self._controller.report(
             FrontReport(
                 front_id=self.front_id,
@@ -503,16 +510,19 @@ class Front:
                 doc_seq=self.document.seq,
                 warm_versions=self._warm.names,
                 counters=dict(self._counters),
-                assigned=self._assigned_in_trial(),
+                assigned=dict(self._assigned),
+                requests_by_arm=dict(self._by_arm),
             )
         )
 
-    def _assigned_in_trial(self) -> dict[Split, tuple[int, ...]]:
-        """The counts of the trial under way; those of earlier ones are forgotten."""
-        rollout = self.document.rollout
-        for split in [s for s in self._assigned if rollout is None or s.trial != rollout.id]:
-            del self._assigned[split]
-        return dict(self._assigned)
+    def _forget_ended_trials(self) -> None:
+        trial = self.document.trial.id if self.document.trial is not None else None
+        self._assigned = {s: n for s, n in self._assigned.items() if s.trial == trial}
+        self._by_arm = {name: n for name, n in self._by_arm.items() if name == trial}
+
+
+def _one_more(counts: tuple[int, ...], arm: int) -> tuple[int, ...]:
+    return (*counts[:arm], counts[arm] + 1, *counts[arm + 1 :])
 
 
 def clean_label(label: object) -> str:

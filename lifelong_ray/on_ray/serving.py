@@ -73,6 +73,7 @@ from lifelong_ray.on_ray.rollout import RolloutController
 from lifelong_ray.on_ray.scaling import autoscaling
 from lifelong_ray.on_ray.schedule import submit_update
 from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
+from lifelong_ray.on_ray.wishes import experiment_intent
 from lifelong_ray.release import FrontReport, Intent, Registry, ReleaseDesk
 from lifelong_ray.storage import open_store
 from lifelong_ray.types import BadImageError, NotFoundError, Pixels, ServingError
@@ -522,6 +523,55 @@ class FrontDeployment:
     async def _request(self, intent: Intent) -> dict[str, Any]:
         await self._front.in_thread(self._front.desk.request, intent)
         return {"status": "accepted", "intent_id": intent.id}
+
+    @http.get("/admin/experiment", tags=["operators"])
+    async def admin_experiment(
+        self,
+        authorization: Annotated[str | None, Header()] = None,
+        id: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+    ) -> dict[str, Any]:
+        """The experiment under way with its result so far, if any; or an ended one by its `id`."""
+        self._require_operator(authorization)
+        document, _ = await self._front.in_thread(self._front.desk.read)
+        experiment = document.experiment
+        if id is not None and (experiment is None or experiment.id != id):
+            try:
+                experiment = await self._front.in_thread(self._front.desk.experiment, id)
+            except NotFoundError as error:
+                raise RequestError(404, "unknown_experiment", str(error)) from None
+        shown = experiment.model_dump(mode="json") if experiment is not None else None
+        return {"experiment": shown}
+
+    @http.put("/admin/experiment", status_code=202, tags=["operators"])
+    async def admin_start_experiment(
+        self, request: Request, authorization: Annotated[str | None, Header()] = None
+    ) -> dict[str, Any]:
+        """Start an experiment: ``{"arms", "end_s", "metric"?, "adaptive"?, "reason"?}``.
+
+        Arms are ``{"version", "weight"}``, stable among them, with weights that add up to 100.
+        """
+        self._require_operator(authorization)
+        body = await read_json(request)
+        return await self._request(experiment_intent(body, self._reason(body), time.time()))
+
+    @http.post("/admin/experiment/end", status_code=202, tags=["operators"])
+    async def admin_end_experiment(
+        self, request: Request, authorization: Annotated[str | None, Header()] = None
+    ) -> dict[str, Any]:
+        """End the experiment and store its result; stable stays: ``{"reason"?}``."""
+        self._require_operator(authorization)
+        body = await read_json(request)
+        if set(body) - {"reason"}:
+            raise RequestError(422, "bad_request", f"an end takes a reason; got {sorted(body)}")
+        return await self._request(
+            Intent(
+                id=str(uuid7(time.time())),
+                verb="end_experiment",
+                actor="operator",
+                reason=self._reason(body),
+                at_s=time.time(),
+            )
+        )
 
     @http.get("/admin/comparisons", tags=["operators"])
     async def admin_comparisons(

@@ -37,6 +37,15 @@ from lifelong_ray.release.evidence import (
     e_not_inferior,
     judge_evidence,
 )
+from lifelong_ray.release.experiment import (
+    Arm,
+    ArmTally,
+    Experiment,
+    ExperimentPlan,
+    ExperimentResult,
+    choose_arm,
+    thompson_weights,
+)
 from lifelong_ray.release.fronts import (
     LATENCY_BOUNDS_MS,
     Counter,
@@ -58,6 +67,8 @@ from lifelong_ray.release.sample_ratio import SampleRatio, SplitCounts, sample_r
 __all__ = [
     "DOCUMENT_KEY",
     "LATENCY_BOUNDS_MS",
+    "Arm",
+    "ArmTally",
     "Assignment",
     "Check",
     "ComparisonSummary",
@@ -65,6 +76,9 @@ __all__ = [
     "Corrections",
     "Counter",
     "Event",
+    "Experiment",
+    "ExperimentPlan",
+    "ExperimentResult",
     "FrontReport",
     "GateReport",
     "Intent",
@@ -87,6 +101,7 @@ __all__ = [
     "Verdict",
     "advance",
     "assign",
+    "choose_arm",
     "confidence_sequence",
     "count_corrections",
     "count_pairs",
@@ -101,4 +116,5 @@ __all__ = [
     "refused",
     "sample_ratio",
     "summarise_comparisons",
+    "thompson_weights",
 ]

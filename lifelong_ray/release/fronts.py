@@ -63,7 +63,7 @@ class Split:
     """What divides requests among versions, and how.
 
     Attributes:
-        trial: Id of the rollout.
+        trial: Id of the rollout or experiment.
         weights: Per cent of the requests by arm, stable first.
     """
 
@@ -84,6 +84,8 @@ class FrontReport:
         assigned: Requests by arm that chance alone assigned, each for itself: without a session
             and without a header that names the arm. Counted when they are assigned, whoever
             answers them then; cumulative, for every split of the trial under way.
+        requests_by_arm: Requests by arm that no header assigned, sessions included; cumulative,
+            by the id of the trial under way.
     """
 
     front_id: str
@@ -92,6 +94,7 @@ class FrontReport:
     warm_versions: tuple[str, ...]
     counters: Mapping[str, Counter] = field(default_factory=dict)
     assigned: Mapping[Split, tuple[int, ...]] = field(default_factory=dict)
+    requests_by_arm: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def total(reports: Sequence[FrontReport], version: str) -> Counter:

@@ -11,6 +11,11 @@ from typing import Any
 
 from lifelong_ray.config import StepConfig
 from lifelong_ray.release.document import Intent, ReleaseDocument, Rollout
+from lifelong_ray.release.experimenting import (
+    ending,
+    objection_to_experiment,
+    started_experiment,
+)
 
 
 def objection(document: ReleaseDocument, intent: Intent) -> str | None:
@@ -19,6 +24,8 @@ def objection(document: ReleaseDocument, intent: Intent) -> str | None:
     >>> objection(ReleaseDocument(stable="v1"), Intent(verb="rollback", actor="ann", at_s=0))
     'there is no version before v1 to roll back to; release another version instead'
     """
+    if intent.verb in ("start_experiment", "end_experiment"):
+        return objection_to_experiment(document, intent)
     if intent.verb == "start":
         return _objection_to_start(document, intent)
     if intent.verb == "rollback":
@@ -59,6 +66,10 @@ def applied(
             intent_id=intent.id,
             rollout=rollout,
         )
+    if intent.verb == "start_experiment":
+        return started_experiment(document, intent, at_s)
+    if intent.verb == "end_experiment":
+        return ending(document, intent, intent.reason or "asked")
     if intent.verb == "start":
         return _started(document, intent, at_s, default_steps)
     if intent.verb == "rollback":
@@ -70,6 +81,8 @@ def applied(
                 at_s=at_s,
                 intent_id=intent.id,
             )
+        if document.running_experiment is not None:
+            document = ending(document, intent, f"rollback to {document.previous} asked")
         return _noted(
             document.changed(rollback=intent, message="asked, not yet looked at"), intent, at_s
         )
@@ -183,6 +196,9 @@ def _objection_to_start(document: ReleaseDocument, intent: Intent) -> str | None
             f"the rollout of {document.rollout.candidate} is in progress; "
             f"promote or abort it before {intent.candidate}"
         )
+    experiment = document.running_experiment
+    if experiment is not None:
+        return f"the experiment {experiment.id} is under way; end it before {intent.candidate}"
     if document.rollback is not None:
         return f"a rollback to {document.previous} is under way; wait for it or abort it"
     if intent.candidate == document.stable:

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,21 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from lifelong_ray.cli import app, print_cycle_report
-from lifelong_ray.config import Config, StepConfig, StoreConfig, load_config
+from lifelong_ray.config import Config, RolloutConfig, StepConfig, StoreConfig, load_config
 from lifelong_ray.cycle import CycleReport
-from lifelong_ray.release import Check, GateReport, Intent, Manifest, Registry, ReleaseDesk, Rollout
+from lifelong_ray.release import (
+    Check,
+    FrontReport,
+    GateReport,
+    Intent,
+    Manifest,
+    Observation,
+    Pairs,
+    Registry,
+    ReleaseDesk,
+    Rollout,
+    advance,
+)
 from lifelong_ray.storage import Store, open_store
 from lifelong_ray.types import LifelongError
 from tests.conftest import free_port
@@ -257,6 +270,81 @@ def test_a_rollout_that_cannot_be_is_refused_and_changes_nothing(
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert store.read("current.json") == before
+
+
+# ---------------------------------------------------------------- experiments
+
+
+def two_versions(store: Store) -> None:
+    register(store, "v1")
+    register(store, "v1.1", "v1")
+    register(store, "v1.2", "v1", gate=REFUSED)
+    release(store, "v1")
+
+
+def test_an_experiment_is_started_shown_and_ended(run: Run, store: Store, tmp_path: Path) -> None:
+    two_versions(store)
+    desk = ReleaseDesk(store, time.time)
+
+    def look() -> None:
+        document, tag = desk.read()
+        front = FrontReport("f1", time.time(), document.seq, ("v1", "v1.1"))
+        seen = Observation(time.time(), (front,), Pairs(), slot_ready=False)
+        desk.swap(advance(document, seen, RolloutConfig())[0], tag)
+
+    started = run("experiment", "start", "--arm", "v1=80", "--arm", "v1.1=20", "--reason", "why")
+    look()
+    preparing = run("experiment", "show")
+    look()
+    under_way = run("status")
+    ended = run("experiment", "end")
+    name = desk.read()[0].experiment.id  # type: ignore[union-attr]  # under way
+    look()
+    shown = run("experiment", "show", name, "--out", str(tmp_path / "result.json"))
+    gone = run("experiment", "show")
+
+    assert "requests are divided once every front holds every arm; v1 stays" in started.stdout
+    assert "v1 80 %, v1.1 20 %" in preparing.stdout
+    assert "experiment v1 80 %, v1.1 20 %; under way" in under_way.stdout
+    assert "its result is stored, users return to v1" in ended.stdout
+    assert f"{name}: ended by cli: asked" in shown.stdout
+    assert json.loads((tmp_path / "result.json").read_text())["result"]["alpha"] == 0.05
+    assert gone.exit_code == 1
+    assert "no experiment is under way" in gone.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--arm", "v1=80", "--arm", "v1.1=30"), "add up to 110, not to 100"),
+        (("--arm", "v1=80", "--arm", "v1.1=-20"), "--arm is 'v1.1=-20'"),
+        (("--arm", "v1=80", "--arm", "v1.1"), "give VERSION=PER_CENT"),
+        (("--arm", "v1=80", "--arm", "v9=20"), "v9"),
+        (("--arm", "v1=80", "--arm", "v1.2=20"), "v1.2 has not passed the gate"),
+        (("--arm", "v1.1=80", "--arm", "v1.1=20"), "more than once"),
+        (("--arm", "v1=80", "--arm", "v1.1=20", "--hours", "-1"), "must end later"),
+        (("--arm", "v1=80", "--arm", "v1.1=20", "--metric", "clicks"), "accuracy"),
+    ],
+)
+def test_an_experiment_that_cannot_be_is_refused_and_changes_nothing(
+    run: Run, store: Store, arguments: tuple[str, ...], message: str
+) -> None:
+    two_versions(store)
+    before = store.read("current.json")
+
+    result = run("experiment", "start", *arguments)
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert store.read("current.json") == before
+
+
+def test_an_experiment_that_never_was_is_named(run: Run, store: Store) -> None:
+    result = run("experiment", "show", "e9")
+
+    assert result.exit_code == 1
+    assert "there was never an experiment e9" in result.stderr
 
 
 # ---------------------------------------------------------------- init, doctor

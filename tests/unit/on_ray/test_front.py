@@ -37,7 +37,7 @@ from lifelong_ray.on_ray.front import (
     clean_label,
     clean_reason,
 )
-from lifelong_ray.release import ReleaseDesk, Rollout
+from lifelong_ray.release import Arm, Experiment, ReleaseDesk, Rollout
 from lifelong_ray.types import (
     BadRequestIdError,
     OverloadedError,
@@ -398,6 +398,78 @@ def test_counts_of_an_ended_rollout_are_forgotten(store: MemoryStore) -> None:
         await scene.change(rollout=None)
         await scene.answer()
         assert await scene.assigned() == {}
+
+    run(play, store)
+
+
+# -- experiments ----------------------------------------------------------------------------
+
+
+def experiment_of(*versions: str, began: bool = True) -> Experiment:
+    weight = 100 // len(versions)
+    return Experiment(
+        id="e1",
+        arms=tuple(Arm(version=version, weight=weight) for version in versions),
+        salt="salt",
+        metric="accuracy",
+        adaptive=False,
+        started_by="ann",
+        reason="",
+        started_at_s=0.0,
+        end_s=1e12,
+        began_s=1.0 if began else None,
+    )
+
+
+def test_arms_answer_in_process_and_are_named_in_the_id_and_in_the_log(store: MemoryStore) -> None:
+    for version in ("v1.1", "v1.2"):
+        add_version(store, version, wrong=True)
+
+    async def play(scene: Scene) -> None:
+        await scene.change(experiment=experiment_of("v1", "v1.1", "v1.2", began=False))
+        await scene.load("v1", "v1.1", "v1.2")
+        assert (await scene.answer(key="before")).variant == "stable"
+        experiment = experiment_of("v1", "v1.1", "v1.2")
+        experiment = experiment.model_copy(
+            update={"arms": (*experiment.arms[:2], Arm(version="v1.2", weight=34))}
+        )
+        await scene.change(experiment=experiment)
+        served = [await scene.answer("top", key=f"request-{n}") for n in range(90)]
+        chosen = await scene.answer("top", key="ada", override="v1.2")
+
+        assert {one.variant for one in served} == {"stable", "v1.1", "v1.2"}
+        for one in (*served, chosen):
+            version = "v1" if one.variant == "stable" else one.variant
+            assert one.answer.version == version
+            assert one.answer.class_name == ("top" if version == "v1" else WRONG["top"])
+            proof = RequestIds(SECRETS.signing_key).verify(one.request_id)
+            assert (proof.version, proof.variant) == (version, one.variant)
+            assert proof.chosen == (one is chosen)
+        arms = Counter(one.variant for one in served)
+        counts = tuple(arms[name] for name in ("stable", "v1.1", "v1.2"))
+        assert await scene.assigned() == {experiment.split: counts}
+        assert scene.book.last.requests_by_arm == {"e1": counts}
+        assert scene.slot.num_asked == 0
+        assert (await scene.answer(key="sticky", user="ada")).answer.version == (
+            (await scene.answer(key="sticky", user="ada")).answer.version
+        )
+        await until(lambda: sum(scene.book.last.requests_by_arm["e1"]) == 92)
+        assert await scene.assigned() == {experiment.split: counts}  # sessions are no chance
+
+    run(play, store)
+
+    assert {row.variant for row in predictions_in(store)} == {"stable", "v1.1", "v1.2"}
+
+
+def test_an_arm_that_is_not_loaded_fails_no_request(store: MemoryStore) -> None:
+    async def play(scene: Scene) -> None:
+        await scene.change(experiment=experiment_of("v1", "v9"))
+        served = [await scene.answer(key=f"request-{n}") for n in range(40)]
+
+        assert {(one.variant, one.answer.version) for one in served} == {("stable", "v1")}
+        [(stable, missing)] = (await scene.assigned()).values()
+        assert stable + missing == 40
+        assert missing > 0
 
     run(play, store)
 

@@ -7,8 +7,9 @@ from typing import get_args
 
 import pytest
 
-from lifelong_ray.config import RolloutConfig, StepConfig
+from lifelong_ray.config import ExperimentConfig, RolloutConfig, StepConfig
 from lifelong_ray.release import (
+    ArmTally,
     Corrections,
     Counter,
     Event,
@@ -34,6 +35,9 @@ BAD = Pairs(same=10, worse=40)
 def an_intent(verb: str, *, force: bool = False, intent_id: str = "i1", **more: object) -> Intent:
     if verb == "start":
         more.setdefault("candidate", "v1.1")
+    if verb == "start_experiment":
+        arms = [{"version": version, "weight": 50} for version in ("v1", "v1.1")]
+        more.setdefault("experiment", {"arms": arms, "end_s": 1_030.0, "adaptive": True})
     return Intent.model_validate(
         {"id": intent_id, "verb": verb, "actor": "ann", "reason": "why not", "at_s": 1.0}
         | {"force": force}
@@ -696,7 +700,12 @@ def a_story(seed: int) -> tuple[set[str], set[int]]:
             )
         observation = seeing(*reports, pairs=pairs, slot_ready=chance.random() < 0.8, now_s=now_s)
 
-        following, events = advance(document, observation, CONFIG)
+        if document.experiment is not None:
+            right = [chance.randrange(20) for _ in document.experiment.arms]
+            tallies = tuple(ArmTally(labelled=20, correct=number) for number in right)
+            observation = replace(observation, tallies=tallies)
+
+        following, events = advance(document, observation, CONFIG, ExperimentConfig(interval_s=3))
 
         check_invariants(document, observation, following, events)
         happened |= {event.what for event in events}
@@ -735,6 +744,11 @@ def check_invariants(
     assert all(after.knows(intent.id) for intent in before.intents)
     assert [e.number for e in events] == list(range(before.next_audit, after.next_audit))
     assert all(event.who and event.why for event in events)
+
+    assert after.rollout is None or after.experiment is None
+    if after.experiment is not None:
+        assert sum(after.experiment.weights) == 100
+        assert min(after.experiment.weights) >= 1
 
     moved_pointer = after.stable != before.stable
     assert moved_pointer == bool({"promoted", "rolled_back"} & set(whats(events)))
