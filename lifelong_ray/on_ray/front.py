@@ -245,7 +245,7 @@ class Front:
                 or "no version is released yet; run train_job.py --base to make the first"
             )
         assignment = assign(document, key, override)
-        self._count_assigned(document, assignment, by_chance=not user)
+        self._count_assigned(document, assignment, len(images), by_chance=not user)
         variant, answers = await self._ask_assigned(document, assignment, images)
         return [
             self._log(document, assignment, variant, answer, image, user)
@@ -253,17 +253,17 @@ class Front:
         ]
 
     def _count_assigned(
-        self, document: ReleaseDocument, assignment: Assignment, *, by_chance: bool
+        self, document: ReleaseDocument, assignment: Assignment, num_images: int, *, by_chance: bool
     ) -> None:
-        """Count a request for the arm it was assigned to, whoever answers it in the end."""
+        """Count images, and one toss of chance, for an arm, whoever answers in the end."""
         trial = document.trial
         if trial is None or assignment.chosen:
             return
         arm, nothing = trial.variants.index(assignment.variant), (0,) * len(trial.variants)
-        self._by_arm[trial.id] = _one_more(self._by_arm.get(trial.id, nothing), arm)
+        self._by_arm[trial.id] = _added(self._by_arm.get(trial.id, nothing), arm, num_images)
         split = trial.split
         if by_chance and split is not None:
-            self._assigned[split] = _one_more(self._assigned.get(split, nothing), arm)
+            self._assigned[split] = _added(self._assigned.get(split, nothing), arm, 1)
 
     def _log(
         self,
@@ -521,8 +521,8 @@ class Front:
         self._by_arm = {name: n for name, n in self._by_arm.items() if name == trial}
 
 
-def _one_more(counts: tuple[int, ...], arm: int) -> tuple[int, ...]:
-    return (*counts[:arm], counts[arm] + 1, *counts[arm + 1 :])
+def _added(counts: tuple[int, ...], arm: int, number: int) -> tuple[int, ...]:
+    return (*counts[:arm], counts[arm] + number, *counts[arm + 1 :])
 
 
 def clean_label(label: object) -> str:

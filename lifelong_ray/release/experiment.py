@@ -88,7 +88,7 @@ class ArmResult(Record):
 
     Attributes:
         version: The version.
-        requests: Requests assigned to it, by session or by chance.
+        requests: Images assigned to it, by session or by chance.
         labelled: Answers of the audit share with a label.
         correct: Those that were right.
         accuracy: Their share; None without any.

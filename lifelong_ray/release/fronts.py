@@ -84,7 +84,7 @@ class FrontReport:
         assigned: Requests by arm that chance alone assigned, each for itself: without a session
             and without a header that names the arm. Counted when they are assigned, whoever
             answers them then; cumulative, for every split of the trial under way.
-        requests_by_arm: Requests by arm that no header assigned, sessions included; cumulative,
+        requests_by_arm: Images by arm that no header assigned, sessions included; cumulative,
             by the id of the trial under way.
     """
 

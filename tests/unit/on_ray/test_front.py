@@ -455,6 +455,10 @@ def test_arms_answer_in_process_and_are_named_in_the_id_and_in_the_log(store: Me
         )
         await until(lambda: sum(scene.book.last.requests_by_arm["e1"]) == 92)
         assert await scene.assigned() == {experiment.split: counts}  # sessions are no chance
+        together = [CleanImage.of(IMAGES["top"])] * 3
+        await scene.front.answer_together(together, key="many")
+        await until(lambda: sum(scene.book.last.requests_by_arm["e1"]) == 95)
+        assert sum((await scene.assigned())[experiment.split]) == 91  # chance tossed once
 
     run(play, store)
 
