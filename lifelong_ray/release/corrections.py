@@ -151,7 +151,7 @@ def log_e_not_corrected_more(corrections: Corrections, limit: float) -> float:
     >>> log_e_not_corrected_more(Corrections(), limit=1.2)
     0.0
     """
-    return sum(
+    return math.fsum(
         float(log_wealth(stable, 0, candidate, 1 - _share(weight, limit)))
         for weight, (candidate, stable) in corrections.by_weight.items()
     )
@@ -159,7 +159,7 @@ def log_e_not_corrected_more(corrections: Corrections, limit: float) -> float:
 
 def log_e_corrected_more(corrections: Corrections, limit: float) -> float:
     """Log evidence against "the candidate is corrected at most `limit` times as often"."""
-    return sum(
+    return math.fsum(
         float(log_wealth(candidate, 0, stable, _share(weight, limit)))
         for weight, (candidate, stable) in corrections.by_weight.items()
     )

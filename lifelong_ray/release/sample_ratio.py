@@ -71,7 +71,7 @@ def sample_ratio(counts: SplitCounts) -> SampleRatio:
         for arm, (weight, count) in enumerate(zip(weights, by_arm, strict=True)):
             observed[arm] += count
             expected[arm] += sum(by_arm) * weight / 100
-    log_e = sum(log_e_split(weights, by_arm) for weights, by_arm in counts.items())
+    log_e = math.fsum(log_e_split(weights, by_arm) for weights, by_arm in counts.items())
     return SampleRatio(tuple(observed), tuple(expected), log_e)
 
 
