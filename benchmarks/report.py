@@ -78,6 +78,14 @@ A thousand random training images are taken out of the analytic head's sums, and
 compared with one that was never given them, in float64. `one image` is the live head, which takes
 a single image out without solving anew.
 """
+_EVIDENCE = """## False decisions of a rollout
+
+Simulated rollouts of known truth under the default settings, judged after every label, as the
+controller judges them at every look. A false decision promotes a candidate that loses the margin or
+more, or takes back one that does not; its share is to stay below alpha, however often one looks.
+Agreement is the share of requests on which both versions are right or both wrong. The median is
+that of the labels, or corrections, after which half of the streams had decided.
+"""
 
 
 def main(
@@ -325,6 +333,22 @@ def _unlearning_rows(report: dict[str, Any]) -> list[list[object]]:
     ]
 
 
+def _evidence_rows(report: dict[str, Any]) -> list[list[object]]:
+    return [
+        [
+            one["evidence"],
+            one["truth"],
+            "" if one["agreement"] is None else f"{one['agreement']:.2f}",
+            *(
+                f"**{one[kind]:.3f}**" if one["is_false"] == kind else f"{one[kind]:.3f}"
+                for kind in ("promoted", "aborted", "undecided")
+            ),
+            "-" if one["median_labels"] is None else f"{one['median_labels']:,.0f}",
+        ]
+        for one in report["outcomes"]
+    ]
+
+
 def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.0e}"
 
@@ -353,6 +377,20 @@ _COSTS = (
         _UNLEARNING,
         _unlearning_rows,
         ("seed", "largest difference", "erasing, s", "one image, ms", "learning anew, s"),
+    ),
+    (
+        "release_evidence",
+        _EVIDENCE,
+        _evidence_rows,
+        (
+            "evidence",
+            "candidate",
+            "agreement",
+            "promoted",
+            "aborted",
+            "undecided",
+            "median labels",
+        ),
     ),
 )
 

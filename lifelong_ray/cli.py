@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,9 +21,9 @@ from lifelong_ray.client import LifelongClient
 from lifelong_ray.config import default_file, load_config
 from lifelong_ray.cycle import CycleReport
 from lifelong_ray.feedback import load_secrets, uuid7
-from lifelong_ray.release import Intent, Registry, ReleaseDesk
+from lifelong_ray.release import Experiment, Intent, Registry, ReleaseDesk
 from lifelong_ray.storage import open_store
-from lifelong_ray.types import LifelongError, VersionDamagedError, VersionError
+from lifelong_ray.types import ConfigError, LifelongError, VersionDamagedError, VersionError
 
 app = typer.Typer(
     help="A classifier that keeps learning while it serves.",
@@ -29,6 +31,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+rollout_app = typer.Typer(help="Take a version towards stable.", no_args_is_help=True)
+app.add_typer(rollout_app, name="rollout")
+experiment_app = typer.Typer(help="Several versions side by side.", no_args_is_help=True)
+app.add_typer(experiment_app, name="experiment")
 # Names, paths and messages are printed as they are: [b], :+1: and numbers mean nothing here.
 console = Console(markup=False, emoji=False, highlight=False)
 
@@ -184,6 +190,10 @@ def status(
                 f"rollout   {rollout.candidate}: {rollout.phase}, weight {rollout.weight} %, "
                 f"step {rollout.step_index + 1} of {len(rollout.steps)}; {rollout.message}"
             )
+        experiment = document.experiment
+        if experiment is not None:
+            arms = ", ".join(f"{arm.version} {arm.weight} %" for arm in experiment.arms)
+            console.print(f"experiment {arms}; {experiment.message or 'under way'}")
 
 
 @app.command()
@@ -209,23 +219,178 @@ def versions(config: ConfigOption = None, set_: SetOption = None) -> None:
         console.print(table)
 
 
-def _ask(
-    verb: str, config: Path | None, set_: list[str] | None, reason: str, *, force: bool = False
-) -> None:
+def _ask(config: Path | None, set_: list[str] | None, expected: str, **intent: object) -> None:
+    """Leave a wish for the controller, and say what will come of it.
+
+    Args:
+        expected: What happens; may name the versions ``{stable}``, ``{previous}`` and
+            ``{candidate}`` of the document.
+    """
     with reported_errors():
         store = open_store(load_config(config, tuple(set_ or ())).store)
-        intent = Intent.model_validate(
-            {
-                "id": str(uuid7(time.time())),
-                "verb": verb,
-                "actor": "cli",
-                "reason": reason,
-                "at_s": time.time(),
-                "force": force,
-            }
+        now_s = time.time()
+        asked = {"id": str(uuid7(now_s)), "actor": "cli", "at_s": now_s} | intent
+        try:
+            wish = Intent.model_validate(asked)
+        except ValidationError as error:
+            raise ConfigError("; ".join(str(e["msg"]) for e in error.errors())) from None
+        document = ReleaseDesk(store, time.time).request(wish)
+        rollout = document.rollout
+        told = expected.format(
+            stable=document.stable,
+            previous=document.previous,
+            candidate=wish.candidate or (rollout.candidate if rollout else "the candidate"),
         )
-        ReleaseDesk(store, time.time).request(intent)
-        console.print(f"{verb} asked for; the rollout controller carries it out")
+        console.print(f"{wish.verb} asked for; the rollout controller carries it out: {told}")
+
+
+@rollout_app.command("start")
+def rollout_start(
+    candidate: Annotated[str, typer.Argument(help="A registered version.")],
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    reason: ReasonOption = "",
+    steps: Annotated[
+        str, typer.Option(help="YAML, as rollout.steps; those of the configuration if left out.")
+    ] = "",
+    force: Annotated[bool, typer.Option(help="Without a passed gate, too.")] = False,
+) -> None:
+    """Ask for the rollout of a version, step by step towards stable."""
+    with reported_errors():
+        parsed = _yaml_list("--steps", steps)
+    _ask(
+        config,
+        set_,
+        "{candidate} is loaded, then takes its steps beside {stable}; lifelong status follows it",
+        verb="start",
+        reason=reason,
+        candidate=candidate,
+        steps=parsed,
+        force=force,
+    )
+
+
+@experiment_app.command("start")
+def experiment_start(
+    arm: Annotated[
+        list[str],
+        typer.Option(help="VERSION=PER_CENT; once per arm, stable among them, 100 together."),
+    ],
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    reason: ReasonOption = "",
+    hours: Annotated[float, typer.Option(help="After which it ends by itself.")] = 24.0,
+    adaptive: Annotated[
+        bool, typer.Option(help="Let weights follow what is seen (Thompson sampling).")
+    ] = False,
+    metric: Annotated[
+        str, typer.Option(help="What adaptive weights go by: accuracy or corrections.")
+    ] = "accuracy",
+) -> None:
+    """Ask for requests to be divided among versions, and measured; stable stays."""
+    with reported_errors():
+        arms = [_arm(text) for text in arm]
+    _ask(
+        config,
+        set_,
+        "requests are divided once every front holds every arm; {stable} stays stable",
+        verb="start_experiment",
+        reason=reason,
+        experiment={
+            "arms": arms,
+            "end_s": time.time() + 3_600 * hours,
+            "adaptive": adaptive,
+            "metric": metric,
+        },
+    )
+
+
+def _arm(text: str) -> dict[str, Any]:
+    version, _, weight = text.partition("=")
+    if not version or not weight.isdecimal():
+        raise ConfigError(f"--arm is {text!r}; give VERSION=PER_CENT, such as v1.1=20")
+    return {"version": version, "weight": int(weight)}
+
+
+@experiment_app.command("end")
+def experiment_end(
+    config: ConfigOption = None, set_: SetOption = None, reason: ReasonOption = ""
+) -> None:
+    """Ask for the end of the experiment; its result is stored, stable stays."""
+    told = "its result is stored, users return to {stable}"
+    _ask(config, set_, told, verb="end_experiment", reason=reason)
+
+
+@experiment_app.command("show")
+def experiment_show(
+    experiment_id: Annotated[str, typer.Argument(help="That under way if left out.")] = "",
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="Write it as JSON.")] = None,
+) -> None:
+    """Show what an experiment comes to, so far or in the end."""
+    with reported_errors():
+        desk = ReleaseDesk(open_store(load_config(config, tuple(set_ or ())).store), time.time)
+        experiment = desk.experiment(experiment_id) if experiment_id else desk.read()[0].experiment
+        if experiment is None:
+            raise LifelongError(
+                "no experiment is under way; name an ended one, or begin one with "
+                "lifelong experiment start"
+            )
+        write_json(out, experiment.model_dump(mode="json"))
+        _print_experiment(experiment)
+
+
+def _print_experiment(experiment: Experiment) -> None:
+    state = "under way" if experiment.began_s else experiment.message
+    if experiment.ended_at_s is not None:
+        state = f"ended by {experiment.ended_by}: {experiment.ended_why}"
+    console.print(f"{experiment.id}: {state}", soft_wrap=True)
+    result = experiment.result
+    if result is None:
+        console.print(", ".join(f"{arm.version} {arm.weight} %" for arm in experiment.arms))
+        return
+    sure = f"{100 * (1 - result.alpha):g} % interval"
+    table = Table()
+    columns = ("arm", "weight, %", "requests", "labelled", "accuracy", sure, "corrections")
+    for column in (*columns, "accuracy less stable's", sure):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    differences = {one.version: one for one in result.against_stable}
+    for arm, seen in zip(experiment.arms, result.arms, strict=True):
+        one = differences.get(arm.version)
+        table.add_row(
+            arm.version,
+            str(arm.weight),
+            f"{seen.requests:,}",
+            f"{seen.labelled:,}",
+            "-" if seen.accuracy is None else f"{seen.accuracy:.3f}",
+            f"{seen.accuracy_low:.3f} to {seen.accuracy_high:.3f}",
+            f"{seen.corrections:,}",
+            (
+                "-"
+                if one is None or one.accuracy_difference is None
+                else f"{one.accuracy_difference:+.3f}"
+            ),
+            (
+                f"{one.accuracy_difference_low:+.3f} to {one.accuracy_difference_high:+.3f}"
+                if one
+                else "stable"
+            ),
+        )
+    console.print(table)
+    if not result.is_split_by_weight:
+        console.print("requests are not split by weight; nothing of this is sure", soft_wrap=True)
+
+
+def _yaml_list(option: str, text: str) -> list[Any]:
+    """Read a list that an option gives as YAML; empty for nothing."""
+    try:
+        value = yaml.safe_load(text) if text else []
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{option} is not YAML: {error}") from None
+    if not isinstance(value, list):
+        raise ConfigError(f"{option} must be a list, such as '[{{setWeight: 20}}]'; got {text!r}")
+    return value
 
 
 @app.command()
@@ -236,13 +401,29 @@ def promote(
     force: Annotated[bool, typer.Option(help="Without evidence, too.")] = False,
 ) -> None:
     """Ask for the candidate's promotion without the remaining steps."""
-    _ask("promote", config, set_, reason, force=force)
+    when = "once every front holds it" if force else "once the evidence is there"
+    told = f"{{candidate}} takes the place of {{stable}} {when}"
+    _ask(config, set_, told, verb="promote", reason=reason, force=force)
 
 
 @app.command()
 def abort(config: ConfigOption = None, set_: SetOption = None, reason: ReasonOption = "") -> None:
     """Ask for the end of the rollout; stable stays."""
-    _ask("abort", config, set_, reason)
+    told = "{candidate} gets no more requests, users stay with {stable}"
+    _ask(config, set_, told, verb="abort", reason=reason)
+
+
+@app.command()
+def pause(config: ConfigOption = None, set_: SetOption = None, reason: ReasonOption = "") -> None:
+    """Ask for the rollout to stay as it is until resumed."""
+    told = "{candidate} keeps its share until it is resumed; proof of being worse still aborts"
+    _ask(config, set_, told, verb="pause", reason=reason)
+
+
+@app.command()
+def resume(config: ConfigOption = None, set_: SetOption = None, reason: ReasonOption = "") -> None:
+    """Ask for a paused rollout to go on, accepting what paused it."""
+    _ask(config, set_, "{candidate} goes on with its steps", verb="resume", reason=reason)
 
 
 @app.command()
@@ -250,7 +431,8 @@ def rollback(
     config: ConfigOption = None, set_: SetOption = None, reason: ReasonOption = ""
 ) -> None:
     """Ask for the previous stable version."""
-    _ask("rollback", config, set_, reason)
+    told = "users return from {stable} to {previous} once every front holds it"
+    _ask(config, set_, told, verb="rollback", reason=reason)
 
 
 @app.command()

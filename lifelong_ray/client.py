@@ -37,7 +37,7 @@ class ClientPrediction:
         class_name: The answer.
         confidence: Its probability.
         model_version: The version that answered.
-        variant: The arm of the rollout.
+        variant: The arm of the rollout or experiment.
         audit: Whether the server asks for a label of this answer.
     """
 
@@ -83,6 +83,7 @@ class LifelongClient:
         *,
         session_id: str = "",
         canary: str = "",
+        variant: str = "",
     ) -> ClientPrediction:
         """Classify one encoded image.
 
@@ -91,6 +92,7 @@ class LifelongClient:
             content_type: Its media type.
             session_id: Sticky key: the same key stays with the same variant.
             canary: ``always`` or ``never`` overrides the split.
+            variant: The arm that shall answer, which overrides it too.
 
         Raises:
             ApiError: If the server refuses it.
@@ -101,6 +103,8 @@ class LifelongClient:
             headers["x-session-id"] = session_id
         if canary:
             headers["x-canary"] = canary
+        if variant:
+            headers["x-variant"] = variant
         body = self._call("POST", "/predict", content=image, headers=headers)
         return ClientPrediction(
             request_id=body["request_id"],
@@ -152,6 +156,50 @@ class LifelongClient:
         if force:
             body["force"] = True
         self._call("POST", f"/admin/rollout/{verb}", json=body)
+
+    def start_experiment(
+        self,
+        weights: Mapping[str, int],
+        *,
+        end_s: float,
+        metric: str = "accuracy",
+        adaptive: bool = False,
+        reason: str = "",
+    ) -> None:
+        """Operators: divide requests among versions, and measure.
+
+        Args:
+            weights: Per cent by version, stable among them; they add up to 100.
+            end_s: Unix time at which it ends by itself.
+            metric: ``accuracy`` or ``corrections``, what adaptive weights go by.
+            adaptive: Whether weights follow what was seen.
+            reason: Kept in the audit record.
+        """
+        body = {
+            "arms": [{"version": version, "weight": w} for version, w in weights.items()],
+            "end_s": end_s,
+            "metric": metric,
+            "adaptive": adaptive,
+            "reason": reason,
+        }
+        self._call("PUT", "/admin/experiment", json=body)
+
+    def end_experiment(self, *, reason: str = "") -> None:
+        """Operators: end the experiment; stable stays, and the result is stored."""
+        self._call("POST", "/admin/experiment/end", json={"reason": reason})
+
+    def experiment(self, experiment_id: str = "") -> dict[str, Any] | None:
+        """Operators: the experiment under way, or an ended one, with its result so far."""
+        params = {"id": experiment_id} if experiment_id else {}
+        shown = self._call("GET", "/admin/experiment", params=params)["experiment"]
+        return dict(shown) if shown is not None else None
+
+    def comparisons(
+        self, *, rollout: str = "", hours: float = 1.0, last: int = 100
+    ) -> dict[str, Any]:
+        """Operators: what both versions answered, of one rollout or of the last `hours`."""
+        wanted: dict[str, Any] = {"rollout": rollout} if rollout else {"hours": hours}
+        return self._call("GET", "/admin/comparisons", params={**wanted, "last": last})
 
     def drift(self) -> dict[str, Any]:
         """Operators: whether the traffic has changed."""

@@ -567,6 +567,11 @@ class RolloutConfig(_Branch):
     max_latency_ratio: float = Field(
         5.0, gt=0, description="p99 inside the candidate over p99 inside stable that pauses."
     )
+    sample_ratio_alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.001,
+        description="Largest share of rollouts paused because requests seem not to be split by "
+        "weight although they are, however often one looks.",
+    )
     slot_max_weight: Annotated[int, Field(ge=0, le=100)] = Field(
         20, description="Up to this weight a slot answers; above, the fronts do, in process."
     )
@@ -580,6 +585,19 @@ class RolloutConfig(_Branch):
     def _can_end(cls, steps: tuple[StepConfig, ...]) -> tuple[StepConfig, ...]:
         check_steps(steps)
         return steps
+
+
+class ExperimentConfig(_Branch):
+    """Several versions side by side."""
+
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.05, description="Share of the intervals in a result that may miss the truth, each alone."
+    )
+    interval_s: PositiveSeconds = Field(
+        60.0,
+        description="Seconds from one result so far to the next; adaptive weights change as often. "
+        "Requests of a front that dies are lost for so long.",
+    )
 
 
 Day = Literal["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]
@@ -740,6 +758,7 @@ class Config(_Branch):
     drift: DriftConfig = DriftConfig()
     gate: GateConfig = GateConfig()
     rollout: RolloutConfig = RolloutConfig()
+    experiment: ExperimentConfig = ExperimentConfig()
     serving: ServingConfig = ServingConfig()
     training: TrainingConfig = TrainingConfig()
     tuning: TuningConfig = TuningConfig()

@@ -123,10 +123,11 @@ class ServedRequest:
     Attributes:
         request_id: The signed id itself.
         version: The model version that answered.
-        variant: The arm of the rollout the request was assigned to.
+        variant: The arm of the rollout or experiment the request was assigned to.
         class_name: The answer.
         audit: Whether the answer belongs to the random audit share.
         at_s: Unix time of the answer, to the millisecond.
+        chosen: Whether a header named the arm, so that the answer tells nothing about shares.
     """
 
     request_id: str
@@ -135,6 +136,7 @@ class ServedRequest:
     class_name: str
     audit: bool
     at_s: float
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Prediction:
         scores: Probability of every class, in the order of `class_names`.
         class_names: The classes of the answering version.
         version: The answering version.
-        variant: ``stable`` or ``candidate``.
+        variant: ``stable``, ``candidate``, or the version of an experiment's arm.
         user: Keyed pseudonym of the user, or ``""``.
         sampling_probability: Probability with which this request's image was kept.
         audit: Whether the answer belongs to the random audit share.

@@ -32,6 +32,8 @@ _MAX_ID_CHARS = 2_048
 _MAC_BYTES = 16
 _AUDIT = 1
 _CANDIDATE = 2
+_ARM = 4  # of an experiment, which is called like its version
+_CHOSEN = 8
 
 
 def uuid7(now_s: float, random: bytes | None = None) -> uuid.UUID:
@@ -78,20 +80,26 @@ class RequestIds:
         class_name: str,
         audit: bool,
         random: bytes | None = None,
+        *,
+        chosen: bool = False,
     ) -> str:
         """Return the id of one answer.
 
         Args:
             now_s: Unix time of the answer.
             version: The version that answered.
-            variant: ``stable`` or ``candidate``.
+            variant: ``stable``, ``candidate``, or the version itself, as an arm of an experiment.
             class_name: The answer.
             audit: Whether it belongs to the audit share.
             random: Ten bytes that make it unique; None draws them from the system.
+            chosen: Whether a header named the arm.
         """
-        if variant not in {"stable", "candidate"}:
-            raise ValueError(f"variant is {variant!r}; stable and candidate are the variants")
-        flags = _AUDIT * audit | _CANDIDATE * (variant == "candidate")
+        if variant not in {"stable", "candidate", version}:
+            raise ValueError(
+                f"variant is {variant!r}; stable, candidate and the version are the variants"
+            )
+        flags = _AUDIT * audit | _CANDIDATE * (variant == "candidate") | _CHOSEN * chosen
+        flags |= _ARM * (variant not in {"stable", "candidate"})
         version_bytes, class_bytes = version.encode(), class_name.encode()
         if len(version_bytes) > 255 or len(class_bytes) > 1_000:
             raise ValueError(
@@ -144,13 +152,16 @@ def read_request_id(request_id: str) -> ServedRequest:
 
 def _said(request_id: str, body: bytes, at_s: float) -> ServedRequest:
     flags, version_bytes = body[0], body[1]
+    version = body[2 : 2 + version_bytes].decode()
+    variant = version if flags & _ARM else "candidate" if flags & _CANDIDATE else "stable"
     return ServedRequest(
         request_id=request_id,
-        version=body[2 : 2 + version_bytes].decode(),
-        variant="candidate" if flags & _CANDIDATE else "stable",
+        version=version,
+        variant=variant,
         class_name=body[2 + version_bytes :].decode(),
         audit=bool(flags & _AUDIT),
         at_s=at_s,
+        chosen=bool(flags & _CHOSEN),
     )
 
 

@@ -36,6 +36,7 @@ from lifelong_ray.release import (
     Registry,
     ReleaseDesk,
     ReleaseDocument,
+    Split,
     assign,
     needed_versions,
 )
@@ -127,6 +128,8 @@ class Front:
         )
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="front")
         self._counters: dict[str, Counter] = {}
+        self._assigned: dict[Split, tuple[int, ...]] = {}
+        self._by_arm: dict[str, tuple[int, ...]] = {}
         self._comparing: set[asyncio.Task[None]] = set()
         self._comparing_bytes = 0
         self.dropped_comparisons = 0
@@ -162,6 +165,12 @@ class Front:
     ) -> Served:
         """Answer one image with the version its `key` is assigned to.
 
+        Args:
+            image: What to classify.
+            key: Whom the version sticks to; drawn at random where there is no `user`.
+            override: As `assign` takes it.
+            user: Who asks; empty means nobody in particular.
+
         Raises:
             BadImageError: If it is not an acceptable image.
             NoVersionError: If nothing can answer yet.
@@ -182,11 +191,25 @@ class Front:
             )
         assignment = assign(document, key, override)
         await _each([self._in_thread(image.clean) for image in images if image.is_slow])
+        self._count_assigned(document, assignment, len(images), by_chance=not user)
         variant, answers = await self._ask_assigned(document, assignment, images)
         return [
             self._log(document, assignment, variant, answer, image.clean(), user)
             for answer, image in zip(answers, images, strict=True)
         ]
+
+    def _count_assigned(
+        self, document: ReleaseDocument, assignment: Assignment, num_images: int, *, by_chance: bool
+    ) -> None:
+        """Count images, and one toss of chance, for an arm, whoever answers in the end."""
+        trial = document.trial
+        if trial is None or assignment.chosen:
+            return
+        arm, nothing = trial.variants.index(assignment.variant), (0,) * len(trial.variants)
+        self._by_arm[trial.id] = _added(self._by_arm.get(trial.id, nothing), arm, num_images)
+        split = trial.split
+        if by_chance and split is not None:
+            self._assigned[split] = _added(self._assigned.get(split, nothing), arm, 1)
 
     def _log(
         self,
@@ -199,7 +222,9 @@ class Front:
     ) -> Served:
         audit = self._rng.random() < self._config.feedback.audit_share
         now_s = self._now_s()
-        request_id = self._ids.issue(now_s, answer.version, variant, answer.class_name, audit)
+        request_id = self._ids.issue(
+            now_s, answer.version, variant, answer.class_name, audit, chosen=assignment.chosen
+        )
         self.log.log_prediction(
             Prediction(
                 request_id=request_id,
@@ -295,16 +320,16 @@ class Front:
     async def _ask_assigned(
         self, document: ReleaseDocument, assignment: Assignment, images: Sequence[SentImage]
     ) -> tuple[str, list[VersionAnswer]]:
-        if assignment.variant == "candidate":
+        if assignment.variant != "stable":
             candidate = assignment.version
             try:
-                return "candidate", await _each(
+                return assignment.variant, await _each(
                     [self._ask_candidate(document, candidate, image) for image in images]
                 )
             except BadImageError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, stable answers instead
-                logger.warning("candidate %s did not answer: %r", candidate, error)
+                logger.warning("version %s did not answer: %r", candidate, error)
         stable = str(document.stable)
         return "stable", await _each([self._ask_held(stable, image) for image in images])
 
@@ -314,6 +339,8 @@ class Front:
     async def _ask_candidate(
         self, document: ReleaseDocument, version: str, image: SentImage
     ) -> VersionAnswer:
+        if document.experiment is not None:
+            return await self._ask_held(version, image)  # no slot holds an arm
         in_process = (
             document.rollout is not None
             and document.rollout.weight > self._config.rollout.slot_max_weight
@@ -413,6 +440,7 @@ class Front:
         self._warm.hold(wanted | ({current} if current else set()))
         if document.stable is None or document.stable in self._warm.names:
             self.document = document
+        self._forget_ended_trials()
         self._controller.report(
             FrontReport(
                 front_id=self.front_id,
@@ -420,8 +448,19 @@ class Front:
                 doc_seq=self.document.seq,
                 warm_versions=self._warm.names,
                 counters=dict(self._counters),
+                assigned=dict(self._assigned),
+                requests_by_arm=dict(self._by_arm),
             )
         )
+
+    def _forget_ended_trials(self) -> None:
+        trial = self.document.trial.id if self.document.trial is not None else None
+        self._assigned = {s: n for s, n in self._assigned.items() if s.trial == trial}
+        self._by_arm = {name: n for name, n in self._by_arm.items() if name == trial}
+
+
+def _added(counts: tuple[int, ...], arm: int, number: int) -> tuple[int, ...]:
+    return (*counts[:arm], counts[arm] + number, *counts[arm + 1 :])
 
 
 async def _each(asked: Sequence[Awaitable[T]]) -> list[T]:

@@ -85,7 +85,8 @@ class Asker:
 
     Attributes:
         session: Whom an answer's version sticks to; empty means nobody.
-        canary: ``always`` or ``never`` get the candidate; empty leaves it to chance.
+        canary: The arm that shall answer, or ``always`` or ``never`` for the candidate; empty
+            leaves it to chance.
         timeout_ms: How long the client waits; None means for ever.
     """
 
@@ -113,7 +114,8 @@ def asker_of(request: Request) -> Asker:
             raise RequestError(
                 422, "bad_timeout", f"x-timeout-ms is {said!r:.40}; give milliseconds above 0"
             )
-    return Asker(headers.get("x-session-id", ""), headers.get("x-canary", ""), timeout_ms)
+    canary = headers.get("x-variant") or headers.get("x-canary", "")
+    return Asker(headers.get("x-session-id", ""), canary, timeout_ms)
 
 
 def _header(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +135,11 @@ ASKER_PARAMETERS: dict[str, Any] = {
             "x-canary",
             "Whether the candidate answers; by chance if left out.",
             {"type": "string", "enum": ["always", "never"]},
+        ),
+        _header(
+            "x-variant",
+            "The arm that answers: stable, candidate, or the version of an experiment's arm.",
+            {"type": "string"},
         ),
         _header(
             "x-timeout-ms",

@@ -18,13 +18,18 @@ from ray import serve
 
 from lifelong_ray.config import Config, config_from
 from lifelong_ray.feedback import LogTail, read_request_id, uuid7
+from lifelong_ray.on_ray.arms import ArmLabels
 from lifelong_ray.release import (
+    ArmTally,
     Corrections,
+    Experiment,
     FrontReport,
     Observation,
     Pairs,
     ReleaseDesk,
+    ReleaseDocument,
     Rollout,
+    Split,
     advance,
     count_corrections,
     count_pairs,
@@ -120,14 +125,20 @@ class Controller:
         self.holder = str(uuid7(now_s()))
         self._lock = threading.Lock()
         self._fronts: dict[str, FrontReport] = {}
+        # Kept when a front dies, so that within a controller's life counts only grow. The next
+        # controller knows the living alone: a test of its own, over fewer requests.
+        self._assigned: dict[tuple[str, Split], tuple[int, ...]] = {}
         self._slots: dict[str, _SlotReport] = {}
         self._evidence: tuple[str, Evidence] | None = None
         self._pairs = Pairs()
+        self._labels: tuple[str, ArmLabels] | None = None
 
     def take_front_report(self, report: FrontReport) -> None:
         """Remember the latest heartbeat of a front."""
         with self._lock:
             self._fronts[report.front_id] = report
+            for split, by_arm in report.assigned.items():
+                self._assigned[report.front_id, split] = by_arm
 
     def take_slot_report(
         self,
@@ -146,8 +157,10 @@ class Controller:
         held = self._desk.with_lease(document, self.holder, self._config.rollout.lease_s)
         if held is None:
             return  # another controller is alive
-        observation = self._observe(held.rollout)
-        following, events = advance(held, observation, self._config.rollout)
+        observation = self._observe(held)
+        following, events = advance(
+            held, observation, self._config.rollout, self._config.experiment
+        )
         if following == document:
             return
         try:
@@ -170,12 +183,14 @@ class Controller:
             "pairs": asdict(self._pairs),
             "agreement": evidence[1].agreement if evidence else None,
             "events": [
-                event.model_dump(mode="json", exclude={"rollout"})
+                event.model_dump(mode="json", exclude={"rollout", "experiment"})
                 for event in self._desk.audit_trail(last=_SHOWN_EVENTS)
             ],
         }
 
-    def _observe(self, rollout: Rollout | None) -> Observation:
+    def _observe(self, document: ReleaseDocument) -> Observation:
+        rollout, experiment = document.rollout, document.experiment
+        trial = experiment or rollout
         corrections = Corrections()
         if rollout is None:
             self._evidence, self._pairs = None, Pairs()
@@ -184,6 +199,7 @@ class Controller:
                 self._evidence = rollout.id, Evidence(self._store, rollout, self._now_s)
             self._pairs = self._evidence[1].poll(rollout.weights)
             corrections = self._evidence[1].corrections
+        tallies = self._tallied(experiment)
         with self._lock:
             fresh_s = self._now_s() - self._config.rollout.heartbeat_timeout_s
             slot_ready = rollout is not None and any(
@@ -197,7 +213,28 @@ class Controller:
                 slot_ready=slot_ready,
                 agreement=self._evidence[1].agreement if self._evidence else None,
                 corrections=corrections,
+                assigned=self._pooled(trial.id if trial is not None else ""),
+                tallies=tallies,
             )
+
+    def _tallied(self, experiment: Experiment | None) -> tuple[ArmTally, ...]:
+        """Labels by arm of the experiment under way."""
+        if experiment is None:
+            self._labels = None
+            return ()
+        if self._labels is None or self._labels[0] != experiment.id:
+            self._labels = experiment.id, ArmLabels(self._store, experiment, self._now_s)
+        return self._labels[1].poll(experiment.began_s)
+
+    def _pooled(self, trial: str) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Requests by arm under every weight of a trial, over all fronts; forgets other trials."""
+        for key in [key for key in self._assigned if key[1].trial != trial]:
+            del self._assigned[key]
+        pooled: dict[tuple[int, ...], tuple[int, ...]] = {}
+        for (_, split), by_arm in self._assigned.items():
+            before = pooled.get(split.weights, (0,) * len(by_arm))
+            pooled[split.weights] = tuple(a + b for a, b in zip(before, by_arm, strict=True))
+        return pooled
 
     def _live_fronts(self) -> tuple[FrontReport, ...]:
         fresh_s = self._now_s() - self._config.rollout.heartbeat_timeout_s

@@ -19,7 +19,7 @@ import time
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import FastAPI, Header, Request
+from fastapi import FastAPI, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter
 from ray import serve
@@ -37,6 +37,7 @@ from lifelong_ray.feedback import (
     uuid7,
 )
 from lifelong_ray.on_ray import metrics
+from lifelong_ray.on_ray.comparisons import compared
 from lifelong_ray.on_ray.front import (
     Front,
     NoVersionError,
@@ -75,9 +76,10 @@ from lifelong_ray.on_ray.rollout import RolloutController
 from lifelong_ray.on_ray.scaling import autoscaling
 from lifelong_ray.on_ray.schedule import submit_update
 from lifelong_ray.on_ray.warm import VersionAnswer, WarmVersion, WarmVersions
+from lifelong_ray.on_ray.wishes import experiment_intent
 from lifelong_ray.release import FrontReport, Intent, Registry, ReleaseDesk
 from lifelong_ray.storage import open_store
-from lifelong_ray.types import BadImageError, ServingError
+from lifelong_ray.types import BadImageError, NotFoundError, ServingError
 
 logger = logging.getLogger(__name__)
 
@@ -539,24 +541,76 @@ class FrontDeployment:
         await self._front.in_thread(self._front.desk.request, intent)
         return {"status": "accepted", "intent_id": intent.id}
 
+    @http.get("/admin/experiment", tags=["operators"])
+    async def admin_experiment(
+        self,
+        authorization: Annotated[str | None, Header()] = None,
+        id: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+    ) -> dict[str, Any]:
+        """The experiment under way with its result so far, if any; or an ended one by its `id`."""
+        self._require_operator(authorization)
+        document, _ = await self._front.in_thread(self._front.desk.read)
+        experiment = document.experiment
+        if id is not None and (experiment is None or experiment.id != id):
+            try:
+                experiment = await self._front.in_thread(self._front.desk.experiment, id)
+            except NotFoundError as error:
+                raise RequestError(404, "unknown_experiment", str(error)) from None
+        shown = experiment.model_dump(mode="json") if experiment is not None else None
+        return {"experiment": shown}
+
+    @http.put("/admin/experiment", status_code=202, tags=["operators"])
+    async def admin_start_experiment(
+        self, request: Request, authorization: Annotated[str | None, Header()] = None
+    ) -> dict[str, Any]:
+        """Start an experiment: ``{"arms", "end_s", "metric"?, "adaptive"?, "reason"?}``.
+
+        Arms are ``{"version", "weight"}``, stable among them, with weights that add up to 100.
+        """
+        self._require_operator(authorization)
+        body = await read_json(request)
+        return await self._request(experiment_intent(body, self._reason(body), time.time()))
+
+    @http.post("/admin/experiment/end", status_code=202, tags=["operators"])
+    async def admin_end_experiment(
+        self, request: Request, authorization: Annotated[str | None, Header()] = None
+    ) -> dict[str, Any]:
+        """End the experiment and store its result; stable stays: ``{"reason"?}``."""
+        self._require_operator(authorization)
+        body = await read_json(request)
+        if set(body) - {"reason"}:
+            raise RequestError(422, "bad_request", f"an end takes a reason; got {sorted(body)}")
+        return await self._request(
+            Intent(
+                id=str(uuid7(time.time())),
+                verb="end_experiment",
+                actor="operator",
+                reason=self._reason(body),
+                at_s=time.time(),
+            )
+        )
+
     @http.get("/admin/comparisons", tags=["operators"])
     async def admin_comparisons(
         self,
         authorization: Annotated[str | None, Header()] = None,
-        last: int = 100,
+        rollout: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+        hours: Annotated[float, Query(gt=0, le=744)] = 1.0,
+        last: Annotated[int, Query(ge=0, le=10_000)] = 100,
     ) -> dict[str, Any]:
-        """The latest paired answers of the rollouts of the last hour."""
+        """Pairs of answers: a summary per rollout, and the `last` of them.
+
+        Those of one `rollout` from its start, or of all in the last `hours`.
+        """
         self._require_operator(authorization)
-        since_s = time.time() - 3_600
-        rows = await self._front.in_thread(
-            lambda: LogTail(self._store, "comparisons", since_s).poll()
-        )
-        agreeing = sum(r.stable_class == r.candidate_class for r in rows)
-        return {
-            "num_comparisons": len(rows),
-            "agreement": agreeing / len(rows) if rows else None,
-            "comparisons": [r.__dict__ for r in rows[-max(0, last) :]],
-        }
+
+        def found() -> dict[str, Any]:
+            return compared(self._store, time.time, rollout_id=rollout, hours=hours, last=last)
+
+        try:
+            return await self._front.in_thread(found)
+        except NotFoundError as error:
+            raise RequestError(404, "unknown_rollout", str(error)) from None
 
     @http.get("/admin/drift", tags=["operators"])
     async def admin_drift(

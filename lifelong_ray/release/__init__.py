@@ -5,6 +5,12 @@ Pure decisions over frozen records, and two thin classes that keep the records i
 HTTP or Ray.
 """
 
+from lifelong_ray.release.comparisons import (
+    ComparisonSummary,
+    LabelledPairs,
+    ModelLatency,
+    summarise_comparisons,
+)
 from lifelong_ray.release.corrections import (
     Corrections,
     CorrectionVerdict,
@@ -31,10 +37,20 @@ from lifelong_ray.release.evidence import (
     e_not_inferior,
     judge_evidence,
 )
+from lifelong_ray.release.experiment import (
+    Arm,
+    ArmTally,
+    Experiment,
+    ExperimentPlan,
+    ExperimentResult,
+    choose_arm,
+    thompson_weights,
+)
 from lifelong_ray.release.fronts import (
     LATENCY_BOUNDS_MS,
     Counter,
     FrontReport,
+    Split,
     latency_quantile_ms,
 )
 from lifelong_ray.release.gate import Check, GateReport, judge_base, judge_update, refused
@@ -46,22 +62,31 @@ from lifelong_ray.release.rollout import (
     assign,
     needed_versions,
 )
+from lifelong_ray.release.sample_ratio import SampleRatio, SplitCounts, sample_ratio
 
 __all__ = [
     "DOCUMENT_KEY",
     "LATENCY_BOUNDS_MS",
+    "Arm",
+    "ArmTally",
     "Assignment",
     "Check",
+    "ComparisonSummary",
     "CorrectionVerdict",
     "Corrections",
     "Counter",
     "Event",
+    "Experiment",
+    "ExperimentPlan",
+    "ExperimentResult",
     "FrontReport",
     "GateReport",
     "Intent",
     "Interval",
+    "LabelledPairs",
     "Lease",
     "Manifest",
+    "ModelLatency",
     "Observation",
     "Pairs",
     "Phase",
@@ -69,10 +94,14 @@ __all__ = [
     "ReleaseDesk",
     "ReleaseDocument",
     "Rollout",
+    "SampleRatio",
+    "Split",
+    "SplitCounts",
     "Verb",
     "Verdict",
     "advance",
     "assign",
+    "choose_arm",
     "confidence_sequence",
     "count_corrections",
     "count_pairs",
@@ -85,4 +114,7 @@ __all__ = [
     "latency_quantile_ms",
     "needed_versions",
     "refused",
+    "sample_ratio",
+    "summarise_comparisons",
+    "thompson_weights",
 ]

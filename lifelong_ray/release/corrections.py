@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from lifelong_ray.release.evidence import log_wealth
 from lifelong_ray.types import ServedRequest
+
+_LEAST_RATIO = 1e-3  # Bounds beyond this and its inverse are none.
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,11 @@ class Corrections:
     """Corrected answers by version, for each weight that the candidate had.
 
     Attributes:
-        by_weight: Weight in per cent, 1 to 99, to corrected answers of the candidate and of
-            stable among the requests that were assigned under it.
+        by_weight: Weight in per cent, between 0 and 100, to corrected answers of the candidate
+            and of stable among the requests that were assigned under it.
     """
 
-    by_weight: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    by_weight: Mapping[float, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for weight, counts in self.by_weight.items():
@@ -125,7 +127,8 @@ def count_corrections(
     """Sort corrected answers by the weight that the candidate had when they were given.
 
     Args:
-        corrected: Answers that a label contradicts, each once.
+        corrected: Answers that a label contradicts, each once. Those whose version a header chose
+            do not count: their odds are not the weight's.
         weights: Unix time from which the candidate had which weight, in order.
     """
     since = [at_s for at_s, _ in weights]
@@ -133,7 +136,7 @@ def count_corrections(
     for request in corrected:
         place = bisect_right(since, request.at_s) - 1
         weight = weights[place][1] if place >= 0 else 0
-        if 0 < weight < 100:
+        if 0 < weight < 100 and not request.chosen:
             of_candidate = request.variant == "candidate"
             counts.setdefault(weight, [0, 0])[0 if of_candidate else 1] += 1
     return Corrections({weight: (c, s) for weight, (c, s) in counts.items()})
@@ -148,7 +151,7 @@ def log_e_not_corrected_more(corrections: Corrections, limit: float) -> float:
     >>> log_e_not_corrected_more(Corrections(), limit=1.2)
     0.0
     """
-    return sum(
+    return math.fsum(
         float(log_wealth(stable, 0, candidate, 1 - _share(weight, limit)))
         for weight, (candidate, stable) in corrections.by_weight.items()
     )
@@ -156,12 +159,41 @@ def log_e_not_corrected_more(corrections: Corrections, limit: float) -> float:
 
 def log_e_corrected_more(corrections: Corrections, limit: float) -> float:
     """Log evidence against "the candidate is corrected at most `limit` times as often"."""
-    return sum(
+    return math.fsum(
         float(log_wealth(candidate, 0, stable, _share(weight, limit)))
         for weight, (candidate, stable) in corrections.by_weight.items()
     )
 
 
-def _share(weight: int, limit: float) -> float:
+def ratio_interval(corrections: Corrections, alpha: float) -> tuple[float, float]:
+    """Bounds on corrections per request over stable's that hold at all looks together.
+
+    They miss the truth with probability at most `alpha`. Without corrections: 0 and infinity.
+
+    >>> ratio_interval(Corrections(), alpha=0.05)
+    (0.0, inf)
+    """
+    needed = math.log(2 / alpha)
+    low, high = 0.0, math.inf
+    if log_e_corrected_more(corrections, _LEAST_RATIO) >= needed:
+        low = _last_true(lambda limit: log_e_corrected_more(corrections, limit) >= needed, 1)
+    if log_e_not_corrected_more(corrections, 1 / _LEAST_RATIO) >= needed:
+        high = _last_true(lambda limit: log_e_not_corrected_more(corrections, limit) >= needed, -1)
+    return low, high
+
+
+def _last_true(holds: Callable[[float], bool], direction: int) -> float:
+    """The last ratio, seen from the end where `holds` is true, at which it still is."""
+    inside, outside = direction * math.log(_LEAST_RATIO), -direction * math.log(_LEAST_RATIO)
+    for _ in range(40):
+        middle = (inside + outside) / 2
+        if holds(math.exp(middle)):
+            inside = middle
+        else:
+            outside = middle
+    return math.exp(inside)
+
+
+def _share(weight: float, limit: float) -> float:
     """Share of corrections that are the candidate's, if it is corrected `limit` times as often."""
     return weight * limit / (weight * limit + 100 - weight)

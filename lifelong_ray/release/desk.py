@@ -19,6 +19,7 @@ from pydantic_core import PydanticSerializationError
 
 from lifelong_ray.config import StepConfig
 from lifelong_ray.release.document import Event, Intent, Lease, ReleaseDocument, Rollout
+from lifelong_ray.release.experiment import Experiment
 from lifelong_ray.release.registry import Registry
 from lifelong_ray.release.transitions import applied, objection
 from lifelong_ray.storage import Store
@@ -35,6 +36,7 @@ DOCUMENT_KEY = "current.json"
 _NUM_ATTEMPTS = 100
 _LONGEST_WAIT_S = 0.2
 _MAX_WAITING_INTENTS = 50
+_STATES = {"rollout", "experiment"}  # of an event; they have records of their own
 _ANY_STEPS = (StepConfig(setWeight=1),)
 
 
@@ -137,7 +139,7 @@ class ReleaseDesk:
             The document that holds the wish, or has handled it already.
 
         Raises:
-            VersionError: If the candidate does not exist.
+            VersionError: If the candidate, or an arm, does not exist.
             GateRefusedError: If it has not passed the gate and is not forced.
             RolloutError: If the document, after the wishes before this one, does not allow it.
         """
@@ -145,10 +147,13 @@ class ReleaseDesk:
             document, tag = self.read()
             if document.knows(intent.id):
                 return document
+            arms = intent.experiment.arms if intent.experiment is not None else ()
             if intent.candidate is not None:
                 self._registry.manifest(intent.candidate)
                 if not intent.force:
                     self._require_gate(intent.candidate)
+            for version in (arm.version for arm in arms if arm.version != document.stable):
+                self._require_gate(version)
             self._require_allowed(document, intent)
             asked = document.changed(intents=(*document.intents, intent))
             if self._try_swap(asked, tag, attempt):
@@ -178,7 +183,7 @@ class ReleaseDesk:
         `swap` does this for every event of the document.
         """
         event = Event.model_validate(record)
-        data = event.model_dump_json(indent=1, exclude={"rollout"}).encode()
+        data = event.model_dump_json(indent=1, exclude=_STATES).encode()
         with suppress(AlreadyExistsError):
             self._store.put_new(f"audit/{event.number:09d}.json", data)
 
@@ -189,7 +194,21 @@ class ReleaseDesk:
 
         `swap` does this for every event that a rollout took part in.
         """
-        key = f"rollouts/{rollout.id}.json"
+        self._record(f"rollouts/{rollout.id}.json", "rollout", rollout, history)
+
+    def record_experiment(
+        self, experiment: Experiment, history: Sequence[Event | Mapping[str, Any]]
+    ) -> None:
+        """Write the state of an experiment, as `record_rollout` does that of a rollout."""
+        self._record(f"experiments/{experiment.id}.json", "experiment", experiment, history)
+
+    def _record(
+        self,
+        key: str,
+        name: str,
+        state: Rollout | Experiment,
+        history: Sequence[Event | Mapping[str, Any]],
+    ) -> None:
         rows = {e.number: e for e in (Event.model_validate(item) for item in history)}
         for attempt in range(_NUM_ATTEMPTS):
             known: dict[int, dict[str, Any]] = {}
@@ -199,12 +218,12 @@ class ReleaseDesk:
                 known = {row["number"]: row for row in json.loads(data)["history"]}
             except NotFoundError:
                 pass
-            new = {n: e.model_dump(mode="json", exclude={"rollout"}) for n, e in rows.items()}
+            new = {n: e.model_dump(mode="json", exclude=_STATES) for n, e in rows.items()}
             if tag is not None and new.keys() <= known.keys():
                 return
             merged = known | new
             record = {
-                "rollout": rollout.model_dump(mode="json"),
+                name: state.model_dump(mode="json"),
                 "history": [merged[number] for number in sorted(merged)],
             }
             try:
@@ -213,6 +232,30 @@ class ReleaseDesk:
             except ConflictError:
                 self._wait(attempt)
         raise _too_busy(f"write {key}")
+
+    def rollout(self, rollout_id: str) -> Rollout:
+        """Return a rollout, under way or ended, as its record has it.
+
+        Raises:
+            NotFoundError: If there was never one of that id.
+        """
+        try:
+            data = self._store.read(f"rollouts/{rollout_id}.json")
+        except (NotFoundError, ValueError):  # an id that is no key names nothing either
+            raise NotFoundError(f"there was never a rollout {rollout_id}") from None
+        return Rollout.model_validate(json.loads(data)["rollout"])
+
+    def experiment(self, experiment_id: str) -> Experiment:
+        """Return an experiment, under way or ended, as its record has it.
+
+        Raises:
+            NotFoundError: If there was never one of that id.
+        """
+        try:
+            data = self._store.read(f"experiments/{experiment_id}.json")
+        except (NotFoundError, ValueError):  # as in `rollout`
+            raise NotFoundError(f"there was never an experiment {experiment_id}") from None
+        return Experiment.model_validate(json.loads(data)["experiment"])
 
     def audit_trail(self, last: int | None = None) -> list[Event]:
         """Return the audit in order, or its `last` records."""
@@ -253,6 +296,8 @@ class ReleaseDesk:
             self.write_audit(event)
             if event.rollout is not None:
                 self.record_rollout(event.rollout, [event])
+            if event.experiment is not None:
+                self.record_experiment(event.experiment, [event])
             self._audited_through = max(self._audited_through, event.number)
 
     def _try_swap(self, document: ReleaseDocument, tag: str | None, attempt: int) -> bool:

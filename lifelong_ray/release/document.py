@@ -15,13 +15,24 @@ from pydantic import Field, model_validator
 
 from lifelong_ray.config import StepConfig, check_steps
 from lifelong_ray.release.analysis import MetricRun
+from lifelong_ray.release.experiment import Experiment, ExperimentPlan
+from lifelong_ray.release.fronts import Split
 from lifelong_ray.release.records import Record
 
 Phase = Literal["Progressing", "Paused", "Healthy", "Degraded"]
 """Argo Rollouts' words; Healthy and Degraded only in the record of an ended rollout."""
 
-Verb = Literal["start", "promote", "abort", "pause", "resume", "rollback"]
-PauseCause = Literal["operator", "latency", "analysis", "evidence"]
+Verb = Literal[
+    "start",
+    "promote",
+    "abort",
+    "pause",
+    "resume",
+    "rollback",
+    "start_experiment",
+    "end_experiment",
+]
+PauseCause = Literal["operator", "latency", "analysis", "sample_ratio", "evidence"]
 What = Literal[
     "created",
     "started",
@@ -34,6 +45,10 @@ What = Literal[
     "rollback_asked",
     "rolled_back",
     "rollback_cancelled",
+    "experiment_started",
+    "experiment_began",
+    "experiment_reweighed",
+    "experiment_ended",
     "refused",
 ]
 
@@ -52,6 +67,7 @@ class Intent(Record):
         candidate: The version to start with; only for ``start``.
         steps: Its steps; empty means those of the config; only for ``start``.
         force: ``start`` without a passed gate, ``promote`` without evidence.
+        experiment: What to find out; only for ``start_experiment``.
     """
 
     id: str = Field(
@@ -64,11 +80,16 @@ class Intent(Record):
     candidate: str | None = None
     steps: tuple[StepConfig, ...] = ()
     force: bool = False
+    experiment: ExperimentPlan | None = None
 
     @model_validator(mode="after")
     def _fields_fit_the_verb(self) -> Intent:
         if (self.verb == "start") != (self.candidate is not None):
             raise ValueError("an intent names a candidate exactly when its verb is start")
+        if (self.verb == "start_experiment") != (self.experiment is not None):
+            raise ValueError("an intent has an experiment exactly when its verb starts one")
+        if self.experiment is not None and self.experiment.end_s <= self.at_s:
+            raise ValueError("an experiment must end later than it is asked for")
         if self.force and self.verb not in ("start", "promote"):
             raise ValueError(f"only start and promote can be forced, not {self.verb}")
         check_steps(self.steps)
@@ -93,6 +114,7 @@ class Rollout(Record):
         step_started_at_s: Unix time at which the step came into force.
         step_baseline: (requests, errors) of the candidate by front when the step began.
         latency_accepted: An operator resumed it in spite of its latency.
+        sample_ratio_accepted: An operator resumed it although requests are not split by weight.
         weights: Unix time from which the candidate had which weight, in order.
         in_step: The looks at the metrics of the step in force.
         throughout: Those at the metrics of the whole rollout.
@@ -116,12 +138,25 @@ class Rollout(Record):
     step_started_at_s: float
     step_baseline: dict[str, tuple[int, int]] = Field(default_factory=dict)
     latency_accepted: bool = False
+    sample_ratio_accepted: bool = False
     weights: tuple[tuple[float, int], ...] = ()
     in_step: tuple[MetricRun, ...] = ()
     throughout: tuple[MetricRun, ...] = ()
     accepted: tuple[Literal["step", "rollout"], ...] = ()
     promotion: Intent | None = None
     message: str = ""
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Name by arm."""
+        return ("stable", "candidate")
+
+    @property
+    def split(self) -> Split | None:
+        """How requests are divided; None while one version answers them all."""
+        if not 0 < self.weight < 100:
+            return None
+        return Split(self.id, (100 - self.weight, self.weight))
 
     @property
     def step(self) -> StepConfig | None:
@@ -155,6 +190,7 @@ class Event(Record):
         intent_id: The intent it carries out, or empty.
         evidence: The measured numbers.
         rollout: The rollout after the change, where one took part.
+        experiment: The experiment after the change, where one took part.
     """
 
     number: int
@@ -167,6 +203,7 @@ class Event(Record):
     intent_id: str = ""
     evidence: dict[str, Any] = Field(default_factory=dict)
     rollout: Rollout | None = None
+    experiment: Experiment | None = None
 
 
 class ReleaseDocument(Record):
@@ -178,6 +215,7 @@ class ReleaseDocument(Record):
         stable: The version users see; None before the first release.
         previous: The stable version before; what a rollback returns to.
         rollout: The candidate under way, if any.
+        experiment: The experiment under way, if any; never beside a rollout.
         rollback: A rollback that waits until the fronts hold its target.
         intents: Wishes not yet handled, in order.
         handled: Ids of the latest handled wishes.
@@ -192,6 +230,7 @@ class ReleaseDocument(Record):
     stable: str | None = None
     previous: str | None = None
     rollout: Rollout | None = None
+    experiment: Experiment | None = None
     rollback: Intent | None = None
     intents: tuple[Intent, ...] = ()
     handled: tuple[str, ...] = ()
@@ -199,6 +238,20 @@ class ReleaseDocument(Record):
     outbox: tuple[Event, ...] = ()
     next_audit: int = 1
     message: str = ""
+
+    @property
+    def running_experiment(self) -> Experiment | None:
+        """The experiment under way, unless it is about to end."""
+        experiment = self.experiment
+        return None if experiment is None or experiment.ended_by else experiment
+
+    @property
+    def trial(self) -> Rollout | Experiment | None:
+        """What divides the requests among versions, if anything does."""
+        experiment = self.experiment
+        if experiment is not None and experiment.began_s is not None:
+            return experiment
+        return self.rollout
 
     def knows(self, intent_id: str) -> bool:
         """Whether an intent is waiting or was handled."""
@@ -216,6 +269,7 @@ class ReleaseDocument(Record):
         intent_id: str = "",
         evidence: dict[str, Any] | None = None,
         rollout: Rollout | None = None,
+        experiment: Experiment | None = None,
     ) -> ReleaseDocument:
         """Return the document with one more change in its outbox."""
         event = Event(
@@ -229,6 +283,7 @@ class ReleaseDocument(Record):
             intent_id=intent_id,
             evidence=evidence or {},
             rollout=rollout,
+            experiment=experiment,
         )
         return self.changed(outbox=(*self.outbox, event), next_audit=self.next_audit + 1)
 
@@ -243,7 +298,9 @@ class ReleaseDocument(Record):
         """What fronts act on; `seq` grows exactly when this changes."""
         r = self.rollout
         rollout = (r.id, r.step_index, r.weight, r.shadow, r.phase) if r is not None else ()
-        return (self.stable, self.previous, *rollout)
+        e = self.experiment
+        experiment = (e.id, e.weights, e.began_s is not None) if e is not None else ()
+        return (self.stable, self.previous, rollout, experiment)
 
     def numbered_after(self, before: ReleaseDocument) -> ReleaseDocument:
         """Return the document with the `seq` that follows from what changed since `before`."""

@@ -59,6 +59,19 @@ class Counter:
 
 
 @dataclass(frozen=True)
+class Split:
+    """What divides requests among versions, and how.
+
+    Attributes:
+        trial: Id of the rollout or experiment.
+        weights: Per cent of the requests by arm, stable first.
+    """
+
+    trial: str
+    weights: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class FrontReport:
     """One heartbeat of one front process.
 
@@ -68,6 +81,11 @@ class FrontReport:
         doc_seq: `seq` of the release document the front follows.
         warm_versions: Versions it can answer with at once.
         counters: Counts by version, cumulative since the process started.
+        assigned: Requests by arm that chance alone assigned, each for itself: without a session
+            and without a header that names the arm. Counted when they are assigned, whoever
+            answers them then; cumulative, for every split of the trial under way.
+        requests_by_arm: Images by arm that no header assigned, sessions included; cumulative,
+            by the id of the trial under way.
     """
 
     front_id: str
@@ -75,6 +93,8 @@ class FrontReport:
     doc_seq: int
     warm_versions: tuple[str, ...]
     counters: Mapping[str, Counter] = field(default_factory=dict)
+    assigned: Mapping[Split, tuple[int, ...]] = field(default_factory=dict)
+    requests_by_arm: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def total(reports: Sequence[FrontReport], version: str) -> Counter:

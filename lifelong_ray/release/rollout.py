@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lifelong_ray.config import Measured, RolloutConfig
+from lifelong_ray.config import ExperimentConfig, Measured, RolloutConfig
 from lifelong_ray.release.analysis import Outcome, measured, outcome
 from lifelong_ray.release.corrections import Corrections, CorrectionVerdict, judge_corrections
 from lifelong_ray.release.document import Event, PauseCause, ReleaseDocument, Rollout
 from lifelong_ray.release.evidence import Pairs, Verdict, judge_evidence
+from lifelong_ray.release.experiment import ArmTally, Experiment, choose_arm
+from lifelong_ray.release.experimenting import advance_experiment
 from lifelong_ray.release.fronts import Counter, FrontReport, latency_quantile_ms, total
+from lifelong_ray.release.sample_ratio import SampleRatio, SplitCounts, sample_ratio
 from lifelong_ray.release.transitions import aborted, applied, promoted, rolled_back
 from lifelong_ray.types import RolloutError
 
@@ -36,14 +39,16 @@ class Assignment:
     """Who answers one request.
 
     Attributes:
-        variant: The arm of the rollout.
+        variant: ``stable``, ``candidate``, or the version of an experiment's arm.
         version: The version of that arm.
         shadow: Whether the other version answers a copy too, for comparison.
+        chosen: Whether the override decided.
     """
 
-    variant: Literal["stable", "candidate"]
+    variant: str
     version: str
     shadow: bool
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class Observation:
         agreement: Share of the compared requests that both versions answered alike; None
             without any.
         corrections: Of answers that the document's rollout had either version give.
+        assigned: Requests of the document's rollout that chance alone assigned, to stable and to
+            the candidate. Those of a front that nobody remembers are left out with the weights
+            they were assigned under, which favours neither side.
+        tallies: Labels by arm of the document's experiment.
     """
 
     now_s: float
@@ -66,6 +75,8 @@ class Observation:
     slot_ready: bool
     agreement: float | None = None
     corrections: Corrections = Corrections()  # noqa: RUF009 - frozen
+    assigned: SplitCounts = field(default_factory=dict)
+    tallies: tuple[ArmTally, ...] = ()
 
 
 def assign(document: ReleaseDocument, key: str, override: str | None = None) -> Assignment:
@@ -77,8 +88,9 @@ def assign(document: ReleaseDocument, key: str, override: str | None = None) -> 
     Args:
         document: The release document.
         key: Who asks, such as the session; a random one where nobody needs to stick.
-        override: ``always`` or ``never`` get the candidate, regardless of the weight.
-            Ignored until the candidate has capacity; other values are ignored too.
+        override: The arm, regardless of the weight: ``stable`` or ``never``, ``candidate`` or
+            ``always``, or the version of an arm. Ignored until that arm has capacity; other
+            values are ignored too.
 
     Raises:
         RolloutError: If nothing is released yet.
@@ -86,25 +98,39 @@ def assign(document: ReleaseDocument, key: str, override: str | None = None) -> 
     if document.stable is None:
         raise RolloutError("no version is released yet; train and release a base version first")
     rollout = document.rollout
+    wish = (override or "").strip().lower()
+    if document.experiment is not None and document.experiment.began_s is not None:
+        return _assigned_to_arm(document.experiment, key, wish)
     if rollout is None or (rollout.weight == 0 and rollout.shadow == 0):
         return Assignment("stable", document.stable, shadow=False)
-    wish = (override or "").strip().lower()
-    chosen = _bucket(b"variant", rollout.salt, key) < rollout.weight * (NUM_BUCKETS // 100)
-    if wish == "always" or (chosen and wish != "never"):
-        variant: Literal["stable", "candidate"] = "candidate"
-        version = rollout.candidate
-    else:
-        variant, version = "stable", document.stable
+    wants_candidate = wish in ("always", "candidate", rollout.candidate)
+    chosen = wants_candidate or wish in ("never", "stable", document.stable)
+    by_chance = _bucket(b"variant", rollout.salt, key) < rollout.weight * (NUM_BUCKETS // 100)
     shadow = _bucket(b"shadow", rollout.salt, key) < rollout.shadow * NUM_BUCKETS
-    return Assignment(variant, version, shadow)
+    if wants_candidate or (by_chance and not chosen):
+        return Assignment("candidate", rollout.candidate, shadow, chosen)
+    return Assignment("stable", document.stable, shadow, chosen)
+
+
+def _assigned_to_arm(experiment: Experiment, key: str, wish: str) -> Assignment:
+    wish = "stable" if wish in ("never", experiment.versions[0]) else wish
+    chosen = wish in experiment.variants
+    arm = (
+        experiment.variants.index(wish)
+        if chosen
+        else choose_arm(experiment.salt, key, experiment.weights)
+    )
+    return Assignment(experiment.variants[arm], experiment.versions[arm], False, chosen)
 
 
 def needed_versions(document: ReleaseDocument, config: RolloutConfig) -> frozenset[str]:
-    """Return the versions a front holds: stable, previous, and soon or now the candidate.
+    """Return the versions a front holds: stable, previous, the arms, and soon the candidate.
 
     The candidate is asked for one step before the fronts must answer with it.
     """
     needed = {document.stable, document.previous}
+    if document.experiment is not None:
+        needed |= set(document.experiment.versions)
     rollout = document.rollout
     if rollout is not None:
         next_weight, _ = _next_shares(rollout)
@@ -115,7 +141,10 @@ def needed_versions(document: ReleaseDocument, config: RolloutConfig) -> frozens
 
 
 def advance(
-    document: ReleaseDocument, observation: Observation, config: RolloutConfig
+    document: ReleaseDocument,
+    observation: Observation,
+    config: RolloutConfig,
+    experiments: ExperimentConfig = ExperimentConfig(),  # noqa: B008 - frozen
 ) -> tuple[ReleaseDocument, tuple[Event, ...]]:
     """Carry out the waiting intents in order, then take at most one decision.
 
@@ -123,6 +152,7 @@ def advance(
         document: As read; its lease is the caller's business.
         observation: What is seen now, about this very document.
         config: Steps and thresholds.
+        experiments: Interval and confidence of experiments.
 
     Returns:
         The next document, equal to the given one when nothing is to be done, and the
@@ -132,7 +162,21 @@ def advance(
     for intent in before.intents:
         document = applied(document, intent, at_s=observation.now_s, default_steps=config.steps)
     document = asked = document.numbered_after(before)
-    if document.rollback is not None:
+    if document.experiment is not None:
+        is_observed = before.experiment is not None and before.experiment.id == (
+            document.experiment.id
+        )
+        document = advance_experiment(
+            document,
+            _live(observation, config),
+            observation.tallies if is_observed else (),
+            observation.assigned if is_observed else {},
+            experiments,
+            now_s=observation.now_s,
+            who=_controller(document),
+            ratio_alpha=config.sample_ratio_alpha,
+        )
+    elif document.rollback is not None:
         document = _with_rollback(document, observation, config)
     elif _is_same_rollout(before.rollout, document.rollout):
         document = _Decider(document, observation, config).decide()
@@ -165,9 +209,9 @@ class _Decider:
             limit=config.max_correction_ratio,
             least=config.min_corrections,
         )
+        self.ratio: SampleRatio = sample_ratio(observation.assigned)
         self.evidence = self.verdict if config.evidence == "audit" else self.by_users
-        lease = document.lease
-        self.who = f"controller {lease.holder}" if lease is not None else "controller"
+        self.who = _controller(document)
         self._look()
 
     def _look(self) -> None:
@@ -280,10 +324,15 @@ class _Decider:
         return found
 
     def _reason_to_pause(self) -> tuple[PauseCause, str] | None:
-        """What somebody should look at: an analysis that did not decide, or a slow model."""
+        """What somebody should look at: an undecided analysis, a wrong split, a slow model."""
         for name, phase, why in self._analyses():
             if phase == "Inconclusive" and name not in self.rollout.accepted:
                 return "analysis", f"analysis inconclusive: {why}; resume accepts it"
+        if self.rollout.paused_by == "sample_ratio":
+            return "sample_ratio", self.rollout.message  # proven once is proven
+        accepted = self.rollout.sample_ratio_accepted
+        if not accepted and self.ratio.is_off(self.config.sample_ratio_alpha):
+            return "sample_ratio", self._ratio_told()
         if self.rollout.latency_accepted or self.rollout.step is None:
             return None
         slow, usual = self._p99_ms()
@@ -293,6 +342,14 @@ class _Decider:
         return "latency", (
             f"p99 inside the model {slow:.1f} ms against {usual:.1f} ms stable, "
             f"above {limit:g} times; resume accepts it"
+        )
+
+    def _ratio_told(self) -> str:
+        observed, expected = self.ratio.observed, self.ratio.expected
+        return (
+            f"requests are not split by weight: chance assigned {observed[0]} to stable and "
+            f"{observed[1]} to {self.rollout.candidate}, where {expected[0]:.0f} and "
+            f"{expected[1]:.0f} were due; resume accepts it"
         )
 
     def _unacknowledged(self) -> str | None:
@@ -415,6 +472,9 @@ class _Decider:
             "log_e_corrections_not_inferior": self.by_users.log_e_not_inferior,
             "alpha": self.config.alpha,
             "margin": self.config.margin,
+            "assigned": list(self.ratio.observed),
+            "assigned_expected": list(self.ratio.expected),
+            "log_e_sample_ratio": self.ratio.log_e,
             "step_requests": self.in_step.requests,
             "step_errors": self.in_step.errors,
             "live_fronts": len(self.live),
@@ -430,6 +490,12 @@ def _with_rollback(
     if cold is not None:
         return document.changed(message=cold)
     return rolled_back(document, at_s=observation.now_s)
+
+
+def _controller(document: ReleaseDocument) -> str:
+    """Who moves the document."""
+    lease = document.lease
+    return f"controller {lease.holder}" if lease is not None else "controller"
 
 
 def _is_same_rollout(before: Rollout | None, after: Rollout | None) -> bool:

@@ -11,6 +11,11 @@ from typing import Any
 
 from lifelong_ray.config import StepConfig
 from lifelong_ray.release.document import Intent, ReleaseDocument, Rollout
+from lifelong_ray.release.experimenting import (
+    ending,
+    objection_to_experiment,
+    started_experiment,
+)
 
 
 def objection(document: ReleaseDocument, intent: Intent) -> str | None:
@@ -19,6 +24,8 @@ def objection(document: ReleaseDocument, intent: Intent) -> str | None:
     >>> objection(ReleaseDocument(stable="v1"), Intent(verb="rollback", actor="ann", at_s=0))
     'there is no version before v1 to roll back to; release another version instead'
     """
+    if intent.verb in ("start_experiment", "end_experiment"):
+        return objection_to_experiment(document, intent)
     if intent.verb == "start":
         return _objection_to_start(document, intent)
     if intent.verb == "rollback":
@@ -59,6 +66,10 @@ def applied(
             intent_id=intent.id,
             rollout=rollout,
         )
+    if intent.verb == "start_experiment":
+        return started_experiment(document, intent, at_s)
+    if intent.verb == "end_experiment":
+        return ending(document, intent, intent.reason or "asked")
     if intent.verb == "start":
         return _started(document, intent, at_s, default_steps)
     if intent.verb == "rollback":
@@ -70,6 +81,8 @@ def applied(
                 at_s=at_s,
                 intent_id=intent.id,
             )
+        if document.running_experiment is not None:
+            document = ending(document, intent, f"rollback to {document.previous} asked")
         return _noted(
             document.changed(rollback=intent, message="asked, not yet looked at"), intent, at_s
         )
@@ -183,6 +196,9 @@ def _objection_to_start(document: ReleaseDocument, intent: Intent) -> str | None
             f"the rollout of {document.rollout.candidate} is in progress; "
             f"promote or abort it before {intent.candidate}"
         )
+    experiment = document.running_experiment
+    if experiment is not None:
+        return f"the experiment {experiment.id} is under way; end it before {intent.candidate}"
     if document.rollback is not None:
         return f"a rollback to {document.previous} is under way; wait for it or abort it"
     if intent.candidate == document.stable:
@@ -207,7 +223,7 @@ def _objection_to_steering(rollout: Rollout, intent: Intent) -> str | None:
         return f"{asked.actor} already asked to promote {rollout.candidate}: {rollout.message}"
     if intent.verb == "pause" and rollout.paused_by == "operator":
         return f"the rollout of {rollout.candidate} is already {rollout.message}"
-    if intent.verb == "resume" and rollout.paused_by not in ("operator", "latency", "analysis"):
+    if intent.verb == "resume" and rollout.paused_by in (None, "evidence"):
         return (
             f"the rollout of {rollout.candidate} was not paused by anyone; it waits by itself: "
             f"{rollout.message or 'for its next step'}"
@@ -260,9 +276,10 @@ def _steered(rollout: Rollout, intent: Intent) -> Rollout:
             changes |= {"promotion": intent, "message": f"promotion asked by {intent.actor}"}
         else:
             changes["message"] = f"resumed by {intent.actor}"
-            changes["latency_accepted"] = rollout.latency_accepted or rollout.paused_by == "latency"
             if rollout.paused_by == "analysis":
                 changes["accepted"] = ("step", "rollout")
+            elif rollout.paused_by in ("latency", "sample_ratio"):
+                changes[f"{rollout.paused_by}_accepted"] = True
     return rollout.model_copy(update=changes)
 
 

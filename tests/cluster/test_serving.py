@@ -295,6 +295,8 @@ def test_the_api_describes_itself(http: httpx.Client) -> None:
         "/admin/rollout/{verb}",
         "/admin/versions",
         "/admin/comparisons",
+        "/admin/experiment",
+        "/admin/experiment/end",
         "/admin/drift",
         "/admin/retrain",
     }
@@ -453,6 +455,9 @@ def test_open_inference_errors_have_that_protocols_shape(
         ("POST", "/admin/rollout/promote"),
         ("GET", "/admin/versions"),
         ("GET", "/admin/comparisons"),
+        ("GET", "/admin/experiment"),
+        ("PUT", "/admin/experiment"),
+        ("POST", "/admin/experiment/end"),
         ("GET", "/admin/drift"),
         ("POST", "/admin/retrain"),
         ("POST", "/examples"),
@@ -646,3 +651,100 @@ def test_versions_change_under_traffic_without_a_failed_request(
     pairs = read_comparisons(app.store, take_snapshot(app.store, 0.0)).rows
     assert {row.stable_version for row in pairs} == {"v1"}
     assert {row.candidate_version for row in pairs} == {"v1.1"}
+
+
+def test_an_experiment_divides_requests_is_measured_and_leaves_stable_alone(
+    app: App, images: dict[str, bytes]
+) -> None:
+    stable = app.stable()
+    other = {"v1": "v1.1", "v1.1": "v1"}[str(stable)]
+    weights = {str(stable): 50, other: 50}
+    with (
+        LifelongClient(app.url, admin_token=app.secrets.admin_token) as operator,
+        Traffic(app, images) as traffic,
+    ):
+        operator.start_experiment(weights, end_s=time.time() + 600, reason="a drill")
+        until(lambda: traffic.versions[other] > 50, f"50 answers of {other}")
+        with pytest.raises(ApiError, match="409 rollout_conflict"):
+            operator.start_rollout("v1.2", force=True)
+        mine = [operator.predict(images["top"], session_id="ada").model_version for _ in range(10)]
+        named = operator.predict(images["top"], variant=other)
+        running = operator.experiment()
+        operator.end_experiment(reason="seen enough")
+        until(lambda: operator.experiment() is None, "the end of the experiment")
+        until(
+            lambda: {operator.predict(images["top"]).model_version for _ in range(20)} == {stable},
+            "the return to stable",
+        )
+
+    assert traffic.failures == []
+    assert app.stable() == stable
+    assert len(set(mine)) == 1
+    assert (named.model_version, named.variant) == (other, other)
+    assert running is not None
+    ended = ReleaseDesk(app.store, time.time).experiment(running["id"])
+    assert ended.result is not None
+    assert ended.result.is_split_by_weight
+    assert [arm.version for arm in ended.result.arms] == [stable, other]
+    for arm in ended.result.arms:
+        assert arm.requests > 20
+        assert arm.labelled > 20
+        assert arm.correct == arm.labelled
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code"),
+    [
+        ("GET", "/admin/comparisons?last=-1", None, 422, "bad_request"),
+        ("GET", "/admin/comparisons?last=x", None, 422, "bad_request"),
+        ("GET", "/admin/comparisons?hours=0", None, 422, "bad_request"),
+        ("GET", "/admin/comparisons?rollout=r9", None, 404, "unknown_rollout"),
+        ("GET", "/admin/comparisons?rollout=../current", None, 404, "unknown_rollout"),
+        ("GET", "/admin/experiment?id=e9", None, 404, "unknown_experiment"),
+        ("POST", "/admin/experiment/end", {}, 409, "rollout_conflict"),
+        ("POST", "/admin/experiment/end", {"now": True}, 422, "bad_request"),
+        ("PUT", "/admin/experiment", {}, 422, "bad_experiment"),
+        ("PUT", "/admin/experiment", {"v1": 60, "v1.1": 60}, 422, "bad_experiment"),
+        ("PUT", "/admin/experiment", {"v1": 60, "v9": 40}, 404, "unknown_version"),
+        ("PUT", "/admin/experiment", {"v1": 60, "v1.2": 40}, 409, "gate_refused"),
+    ],
+)
+def test_an_experiment_that_cannot_be_is_refused_and_changes_nothing(
+    app: App,
+    http: httpx.Client,
+    method: str,
+    path: str,
+    body: dict[str, Any] | None,
+    status: int,
+    code: str,
+) -> None:
+    if body and "v1" in body:
+        arms = [{"version": version, "weight": weight} for version, weight in body.items()]
+        body = {"arms": arms, "end_s": time.time() + 60}
+    before, _ = ReleaseDesk(app.store, time.time).read()
+
+    response = http.request(method, path, json=body, headers=app.operator)
+
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    after, _ = ReleaseDesk(app.store, time.time).read()
+    assert (after.intents, after.experiment) == (before.intents, before.experiment)
+
+
+def test_comparisons_of_a_rollout_are_summed_up(app: App, http: httpx.Client) -> None:
+    events = ReleaseDesk(app.store, time.time).audit_trail()
+    started = next(event for event in events if event.what == "started")
+
+    response = http.get(
+        "/admin/comparisons",
+        params={"rollout": f"v1.1-{started.intent_id}", "last": 3},
+        headers=app.operator,
+    )
+
+    body = response.json()
+    assert response.status_code == 200
+    [summary] = body["rollouts"]
+    assert len(body["comparisons"]) == 3
+    assert summary["agreement"] == 1.0
+    assert summary["confidence_difference"] == pytest.approx(0.0, abs=1e-5)
+    assert summary["audited"]["both_right"] >= 20
+    assert summary["stable_latency"]["median_ms"] > 0

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,21 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from lifelong_ray.cli import app, print_cycle_report
-from lifelong_ray.config import Config, StepConfig, StoreConfig, load_config
+from lifelong_ray.config import Config, RolloutConfig, StepConfig, StoreConfig, load_config
 from lifelong_ray.cycle import CycleReport
-from lifelong_ray.release import Check, GateReport, Intent, Manifest, Registry, ReleaseDesk, Rollout
+from lifelong_ray.release import (
+    Check,
+    FrontReport,
+    GateReport,
+    Intent,
+    Manifest,
+    Observation,
+    Pairs,
+    Registry,
+    ReleaseDesk,
+    Rollout,
+    advance,
+)
 from lifelong_ray.storage import Store, open_store
 from lifelong_ray.types import LifelongError
 from tests.conftest import free_port
@@ -121,7 +134,7 @@ def test_versions_are_listed_with_their_gate(run: Run, store: Store) -> None:
 # ---------------------------------------------------------------- promote, abort, rollback
 
 
-@pytest.mark.parametrize("verb", ["promote", "abort", "rollback"])
+@pytest.mark.parametrize("verb", ["promote", "abort", "pause", "resume", "rollback"])
 def test_a_wish_on_an_empty_store_is_refused_in_one_line(run: Run, verb: str) -> None:
     result = run(verb)
 
@@ -130,7 +143,7 @@ def test_a_wish_on_an_empty_store_is_refused_in_one_line(run: Run, verb: str) ->
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", ["promote", "abort", "rollback"])
+@pytest.mark.parametrize("verb", ["promote", "abort", "pause", "resume", "rollback"])
 def test_a_wish_without_a_rollout_is_refused(run: Run, store: Store, verb: str) -> None:
     register(store, "v1")
     release(store, "v1")
@@ -155,6 +168,183 @@ def test_a_wish_during_a_rollout_waits_for_the_controller(run: Run, store: Store
     intents = ReleaseDesk(store, clock).read()[0].intents
     assert result.exit_code == 0
     assert [(i.verb, i.actor, i.reason) for i in intents[1:]] == [("abort", "cli", "looks bad")]
+
+
+@pytest.mark.parametrize(
+    ("verb", "expected"),
+    [
+        (("promote",), "v1.1 takes the place of v1 once the evidence is there"),
+        (("promote", "--force"), "v1.1 takes the place of v1 once every front holds it"),
+        (("abort",), "v1.1 gets no more requests, users stay with v1"),
+        (("pause",), "v1.1 keeps its share until it is resumed"),
+    ],
+)
+def test_a_wish_says_what_will_come_of_it(
+    run: Run, store: Store, verb: tuple[str, ...], expected: str
+) -> None:
+    rolling_out(store)
+
+    result = run(*verb)
+
+    assert result.exit_code == 0
+    assert f"{verb[0]} asked for; the rollout controller carries it out: " in result.stdout
+    assert expected in result.stdout
+
+
+def test_resume_is_refused_while_nothing_is_paused_and_taken_once_it_is(
+    run: Run, store: Store
+) -> None:
+    rolling_out(store)
+    refused = run("resume")
+    run("pause")
+
+    taken = run("resume")
+
+    assert refused.exit_code == 1
+    assert "was not paused by anyone" in refused.stderr
+    assert taken.exit_code == 0
+    assert "v1.1 goes on with its steps" in taken.stdout
+
+
+def rolling_out(store: Store) -> None:
+    register(store, "v1")
+    register(store, "v1.1", "v1")
+    release(store, "v1")
+    desk = ReleaseDesk(store, clock)
+    document, tag = desk.read()
+    rollout = Rollout(
+        id="r",
+        candidate="v1.1",
+        steps=(StepConfig(setWeight=5),),
+        salt="s",
+        started_at_s=0.0,
+        step_started_at_s=0.0,
+    )
+    desk.swap(document.changed(rollout=rollout), tag)
+
+
+# ---------------------------------------------------------------- rollout start
+
+
+def test_a_rollout_is_started_with_steps_of_its_own(run: Run, store: Store) -> None:
+    register(store, "v1")
+    register(store, "v1.1", "v1")
+    release(store, "v1")
+
+    result = run(
+        "rollout", "start", "v1.1", "--reason", "Friday", "--steps", "[{setWeight: 20}, {pause: 9}]"
+    )
+
+    [intent] = ReleaseDesk(store, clock).read()[0].intents
+    assert result.exit_code == 0
+    assert "v1.1 is loaded, then takes its steps beside v1" in result.stdout
+    assert (intent.verb, intent.candidate, intent.reason) == ("start", "v1.1", "Friday")
+    assert intent.steps == (StepConfig(setWeight=20), StepConfig(pause=9))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("v9",), "v9"),
+        (("v1.2",), "v1.2 has not passed the gate"),
+        (("v1",), "v1 is stable already"),
+        (("v1.1", "--steps", "[{setWeight: 120}]"), "less than or equal to 100"),
+        (("v1.1", "--steps", "[{pause: 5}]"), "step 1 can never end"),
+        (("v1.1", "--steps", "20"), "--steps must be a list"),
+        (("v1.1", "--steps", "[{"), "--steps is not YAML"),
+    ],
+)
+def test_a_rollout_that_cannot_be_is_refused_and_changes_nothing(
+    run: Run, store: Store, arguments: tuple[str, ...], message: str
+) -> None:
+    register(store, "v1")
+    register(store, "v1.1", "v1")
+    register(store, "v1.2", "v1", gate=REFUSED)
+    release(store, "v1")
+    before = store.read("current.json")
+
+    result = run("rollout", "start", *arguments)
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert store.read("current.json") == before
+
+
+# ---------------------------------------------------------------- experiments
+
+
+def two_versions(store: Store) -> None:
+    register(store, "v1")
+    register(store, "v1.1", "v1")
+    register(store, "v1.2", "v1", gate=REFUSED)
+    release(store, "v1")
+
+
+def test_an_experiment_is_started_shown_and_ended(run: Run, store: Store, tmp_path: Path) -> None:
+    two_versions(store)
+    desk = ReleaseDesk(store, time.time)
+
+    def look() -> None:
+        document, tag = desk.read()
+        front = FrontReport("f1", time.time(), document.seq, ("v1", "v1.1"))
+        seen = Observation(time.time(), (front,), Pairs(), slot_ready=False)
+        desk.swap(advance(document, seen, RolloutConfig())[0], tag)
+
+    started = run("experiment", "start", "--arm", "v1=80", "--arm", "v1.1=20", "--reason", "why")
+    look()
+    preparing = run("experiment", "show")
+    look()
+    under_way = run("status")
+    ended = run("experiment", "end")
+    name = desk.read()[0].experiment.id  # type: ignore[union-attr]  # under way
+    look()
+    shown = run("experiment", "show", name, "--out", str(tmp_path / "result.json"))
+    gone = run("experiment", "show")
+
+    assert "requests are divided once every front holds every arm; v1 stays" in started.stdout
+    assert "v1 80 %, v1.1 20 %" in preparing.stdout
+    assert "experiment v1 80 %, v1.1 20 %; under way" in under_way.stdout
+    assert "its result is stored, users return to v1" in ended.stdout
+    assert f"{name}: ended by cli: asked" in shown.stdout
+    assert json.loads((tmp_path / "result.json").read_text())["result"]["alpha"] == 0.05
+    assert gone.exit_code == 1
+    assert "no experiment is under way" in gone.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--arm", "v1=80", "--arm", "v1.1=30"), "add up to 110, not to 100"),
+        (("--arm", "v1=80", "--arm", "v1.1=-20"), "--arm is 'v1.1=-20'"),
+        (("--arm", "v1=80", "--arm", "v1.1"), "give VERSION=PER_CENT"),
+        (("--arm", "v1=80", "--arm", "v9=20"), "v9"),
+        (("--arm", "v1=80", "--arm", "v1.2=20"), "v1.2 has not passed the gate"),
+        (("--arm", "v1.1=80", "--arm", "v1.1=20"), "more than once"),
+        (("--arm", "v1=80", "--arm", "v1.1=20", "--hours", "-1"), "must end later"),
+        (("--arm", "v1=80", "--arm", "v1.1=20", "--metric", "clicks"), "accuracy"),
+    ],
+)
+def test_an_experiment_that_cannot_be_is_refused_and_changes_nothing(
+    run: Run, store: Store, arguments: tuple[str, ...], message: str
+) -> None:
+    two_versions(store)
+    before = store.read("current.json")
+
+    result = run("experiment", "start", *arguments)
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert store.read("current.json") == before
+
+
+def test_an_experiment_that_never_was_is_named(run: Run, store: Store) -> None:
+    result = run("experiment", "show", "e9")
+
+    assert result.exit_code == 1
+    assert "there was never an experiment e9" in result.stderr
 
 
 # ---------------------------------------------------------------- init, doctor

@@ -215,3 +215,40 @@ def test_a_server_that_hangs_up_is_an_error_of_ours(server: Server) -> None:
         pytest.raises(ServingError, match="does not answer GET /admin/status"),
     ):
         client.status()
+
+
+def test_operators_start_show_and_end_experiments(server: Server, client: LifelongClient) -> None:
+    server.answer(200, {"experiment": {"id": "e1"}})
+
+    client.start_experiment({"v1": 80, "v1.1": 20}, end_s=9.0, reason="why")
+    shown = client.experiment("e1")
+    client.end_experiment(reason="done")
+
+    started, asked, ended = server.requests
+    assert (started.method, started.path) == ("PUT", "/admin/experiment")
+    assert json.loads(started.body)["arms"] == [
+        {"version": "v1", "weight": 80},
+        {"version": "v1.1", "weight": 20},
+    ]
+    assert (asked.query, shown) == ({"id": ["e1"]}, {"id": "e1"})
+    assert (ended.path, json.loads(ended.body)) == ("/admin/experiment/end", {"reason": "done"})
+
+
+def test_comparisons_are_those_of_a_rollout_or_of_some_hours(
+    server: Server, client: LifelongClient
+) -> None:
+    server.answer(200, {"rollouts": []})
+
+    client.comparisons(rollout="r1", last=5)
+    client.comparisons(hours=2)
+
+    assert server.requests[0].query == {"rollout": ["r1"], "last": ["5"]}
+    assert server.requests[1].query == {"hours": ["2"], "last": ["100"]}
+
+
+def test_an_arm_may_be_named(server: Server, client: LifelongClient) -> None:
+    server.answer(200, ANSWER)
+
+    client.predict(b"bytes", variant="v1.2")
+
+    assert server.requests[0].headers["x-variant"] == "v1.2"

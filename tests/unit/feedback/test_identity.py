@@ -19,16 +19,19 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 @given(
     version=NAMES,
-    variant=st.sampled_from(["stable", "candidate"]),
+    variant=st.sampled_from(["stable", "candidate", "an arm"]),
     class_name=NAMES,
     audit=st.booleans(),
+    chosen=st.booleans(),
 )
 def test_an_id_proves_what_was_answered(
-    version: str, variant: str, class_name: str, audit: bool
+    version: str, variant: str, class_name: str, audit: bool, chosen: bool
 ) -> None:
-    request_id = IDS.issue(1_700_000_000.0, version, variant, class_name, audit)
+    at_s = 1_700_000_000.0
+    variant = version if variant == "an arm" else variant
+    request_id = IDS.issue(at_s, version, variant, class_name, audit, chosen=chosen)
 
-    served = ServedRequest(request_id, version, variant, class_name, audit, 1_700_000_000.0)
+    served = ServedRequest(request_id, version, variant, class_name, audit, at_s, chosen)
     assert IDS.verify(request_id) == served
     assert read_request_id(request_id) == served
     assert request_id.isascii()

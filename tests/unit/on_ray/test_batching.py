@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 
-from lifelong_ray.on_ray.batching import Answer, Batcher, Together
+from lifelong_ray.on_ray.batching import Batcher
 from lifelong_ray.types import OverloadedError
 
 
@@ -24,50 +23,39 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 
 
 class Model:
-    """Answers an image with its own value; remembers the sizes of its batches."""
+    """Answers a number with itself; remembers the sizes of its batches."""
 
     def __init__(self) -> None:
         self.batch_sizes: list[int] = []
         self.may_answer = threading.Event()
         self.may_answer.set()
 
-    def __call__(self, images: Any) -> Any:
+    def __call__(self, numbers: list[int]) -> list[int | Exception]:
         self.may_answer.wait(10)
-        self.batch_sizes.append(len(images))
-        if (images == 255).any():
+        self.batch_sizes.append(len(numbers))
+        if 255 in numbers:
             raise RuntimeError("the model cannot take 255")
-        return images.reshape(len(images), -1)[:, :1].astype(np.float32)
+        return [ValueError(f"{number} is negative") if number < 0 else number for number in numbers]
 
 
-def image(value: int) -> Any:
-    return np.full((1, 2, 2), value, np.uint8)
+async def ask_all(
+    batcher: Batcher[int, int], numbers: range | list[int]
+) -> list[int | BaseException]:
+    return await asyncio.gather(*map(batcher.answer, numbers), return_exceptions=True)
 
 
-async def ask_all(batcher: Batcher, values: range | list[int]) -> list[Answer | BaseException]:
-    return await asyncio.gather(*(batcher.answer(image(v)) for v in values), return_exceptions=True)
-
-
-def values_of(answers: list[Answer | BaseException]) -> list[int]:
-    return [int(a.probabilities[0]) if isinstance(a, Answer) else -1 for a in answers]
+def values_of(answers: list[int | BaseException]) -> list[int]:
+    return [answer if isinstance(answer, int) else -1 for answer in answers]
 
 
 def make(
     executor: ThreadPoolExecutor,
-    run: Callable[[Any], Any],
+    run: Callable[[list[int]], Any],
     *,
     wait_s: float = 0.01,
     queue: int = 99,
-) -> Batcher:
-    def flagged(images: Any) -> tuple[Any, Any]:
-        return run(images), images.reshape(len(images), -1)[:, 0] % 2 == 1
-
-    return Batcher(flagged, executor, max_batch=8, wait_s=wait_s, max_queue=queue)
-
-
-def test_each_answer_says_whether_a_light_model_gave_it(executor: ThreadPoolExecutor) -> None:
-    answers = asyncio.run(ask_all(make(executor, Model()), range(4)))
-
-    assert [a.light for a in answers if isinstance(a, Answer)] == [False, True, False, True]
+) -> Batcher[int, int]:
+    return Batcher(run, executor, max_batch=8, wait_s=wait_s, max_queue=queue)
 
 
 def test_requests_that_arrive_together_share_batches_and_keep_their_order(
@@ -113,23 +101,14 @@ def test_a_failing_batch_fails_only_its_own_requests(executor: ThreadPoolExecuto
     assert {str(a) for a in answers[8:16]} == {"the model cannot take 255"}
 
 
-def test_images_that_do_not_stack_fail_their_batch_and_nobody_else(
+def test_what_is_wrong_with_one_question_is_told_to_its_own_asker(
     executor: ThreadPoolExecutor,
 ) -> None:
-    batcher = make(executor, Model())
+    first, second, third = asyncio.run(ask_all(make(executor, Model()), [1, -5, 3]))
 
-    async def mixed() -> list[Answer | BaseException]:
-        odd = np.zeros((1, 3, 3), np.uint8)
-        first = await asyncio.gather(
-            batcher.answer(odd), batcher.answer(image(1)), return_exceptions=True
-        )
-        return [*first, *await ask_all(batcher, [2])]
-
-    first, second, third = asyncio.run(mixed())
-
-    assert isinstance(first, ValueError)
+    assert (first, third) == (1, 3)
     assert isinstance(second, ValueError)
-    assert values_of([third]) == [2]
+    assert str(second) == "-5 is negative"
 
 
 def test_a_request_that_was_given_up_takes_no_place_in_a_batch(
@@ -138,8 +117,8 @@ def test_a_request_that_was_given_up_takes_no_place_in_a_batch(
     model = Model()
     batcher = make(executor, model)
 
-    async def give_one_up() -> list[Answer | BaseException]:
-        given_up = asyncio.create_task(batcher.answer(image(1)))
+    async def give_one_up() -> list[int | BaseException]:
+        given_up = asyncio.create_task(batcher.answer(1))
         await asyncio.sleep(0)
         given_up.cancel()
         return await ask_all(batcher, [2, 3])
@@ -153,12 +132,12 @@ def test_the_event_loop_goes_on_while_the_model_works(executor: ThreadPoolExecut
     model.may_answer.clear()
 
     async def ask_and_look_around() -> int:
-        asked = asyncio.create_task(make(executor, model).answer(image(5)))
+        asked = asyncio.create_task(make(executor, model).answer(5))
         for _ in range(5):
             await asyncio.sleep(0.005)
         assert not asked.done()
         model.may_answer.set()
-        return int((await asked).probabilities[0])
+        return await asked
 
     assert asyncio.run(ask_and_look_around()) == 5
 
@@ -177,60 +156,3 @@ def test_a_batcher_that_is_let_go_leaves_no_task_behind(
 
     assert num_tasks == 1
     assert not caplog.records
-
-
-# -- together ---------------------------------------------------------------------------------
-
-
-def test_what_is_asked_in_one_turn_shares_a_trip_to_a_thread() -> None:
-    trips: list[int] = []
-
-    def doubled(value: int) -> int:
-        trips.append(threading.get_ident())
-        return 2 * value
-
-    class Counting(ThreadPoolExecutor):
-        submitted = 0
-
-        def submit(self, *args: Any, **kwargs: Any) -> Any:
-            self.submitted += 1
-            return super().submit(*args, **kwargs)
-
-    async def ask() -> list[int]:
-        together = Together(doubled, pool, most=4)
-        return await asyncio.gather(*(together(value) for value in range(10)))
-
-    with Counting(2) as pool:
-        assert asyncio.run(ask()) == [2 * value for value in range(10)]
-        assert pool.submitted == 3
-    assert threading.get_ident() not in trips
-
-
-def test_a_failure_belongs_to_the_one_who_asked(executor: ThreadPoolExecutor) -> None:
-    def picky(value: int) -> int:
-        if value == 1:
-            raise ValueError("not one")
-        return value
-
-    async def ask() -> list[Any]:
-        together = Together(picky, executor)
-        return await asyncio.gather(*(together(v) for v in range(3)), return_exceptions=True)
-
-    zero, error, two = asyncio.run(ask())
-    assert (zero, two) == (0, 2)
-    assert isinstance(error, ValueError)
-
-
-def test_what_nobody_waits_for_any_more_is_not_done(executor: ThreadPoolExecutor) -> None:
-    done: list[int] = []
-
-    async def ask() -> None:
-        together = Together(done.append, executor)
-        given_up = asyncio.ensure_future(together(1))
-        kept = asyncio.ensure_future(together(2))
-        await asyncio.sleep(0)
-        given_up.cancel()
-        await kept
-
-    asyncio.run(ask())
-    assert done == [2]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lifelong_ray.config import Config, StepConfig
-from lifelong_ray.feedback import LogWriter
+from lifelong_ray.feedback import LogWriter, RequestIds
 from lifelong_ray.on_ray.rollout import Controller
 from lifelong_ray.release import (
     Counter,
@@ -16,6 +16,7 @@ from lifelong_ray.release import (
     Intent,
     ReleaseDesk,
     ReleaseDocument,
+    Split,
 )
 from lifelong_ray.storage import Store
 from lifelong_ray.types import Comparison, ConflictError, Feedback
@@ -41,6 +42,8 @@ class Stage:
     front_is_alive: bool = True
     warm: tuple[str, ...] = ("v1", "v1.1")
     num_rows: int = 0
+    assigned: dict[Split, tuple[int, ...]] = field(default_factory=dict)
+    by_arm: dict[str, tuple[int, ...]] = field(default_factory=dict)
     desk: ReleaseDesk = field(init=False)
     log: LogWriter = field(init=False)
 
@@ -57,7 +60,7 @@ class Stage:
 
     def ask(self, verb: str, **what: Any) -> None:
         self.desk.request(
-            Intent(verb=verb, actor="ann", at_s=self.now_s, **what)  # type: ignore[arg-type]  # any field
+            Intent.model_validate({"verb": verb, "actor": "ann", "at_s": self.now_s} | what)
         )
 
     def start(self, **what: Any) -> None:
@@ -75,6 +78,8 @@ class Stage:
                         doc_seq=self.document.seq,
                         warm_versions=self.warm,
                         counters={"v1.1": Counter(self.asked, self.errors)},
+                        assigned=self.assigned,
+                        requests_by_arm=self.by_arm,
                     )
                 )
                 controller.take_slot_report("slot", self.now_s, ("v1.1",))
@@ -334,6 +339,155 @@ def test_a_wish_that_comes_between_reading_and_writing_is_not_lost(
 
     assert meetings
     assert stage.history()[-1] == "aborted"
+
+
+def test_fronts_that_do_not_split_by_weight_pause_the_rollout_on_the_record(stage: Stage) -> None:
+    controller = stage.controller()
+    stage.start()
+    rollout = stage.tick(controller, times=3).rollout
+    assert rollout is not None
+    stage.assigned = {Split("another-rollout", (90, 10)): (0, 5_000)}
+    assert stage.tick(controller).rollout == rollout
+
+    stage.assigned = {rollout.split: (995, 5)}
+    document = stage.tick(controller)
+
+    assert document.rollout is not None
+    assert document.rollout.paused_by == "sample_ratio"
+    pause = stage.desk.audit_trail()[-1]
+    assert (pause.what, pause.evidence["assigned"]) == ("paused", [995, 5])
+
+    stage.ask("resume")
+    assert stage.tick(controller, times=2).rollout.paused_by is None  # type: ignore[union-attr]  # under way
+
+
+def test_requests_of_a_front_that_died_keep_their_count_until_the_controller_does(
+    stage: Stage,
+) -> None:
+    first, second = stage.controller(), stage.controller()
+    stage.start()
+    rollout = stage.tick(first, times=3).rollout
+    assert rollout is not None
+    died = FrontReport(
+        front_id="died",
+        at_s=stage.now_s,
+        doc_seq=stage.document.seq,
+        warm_versions=stage.warm,
+        assigned={rollout.split: (250, 25)},
+    )
+    first.take_front_report(died)
+    stage.assigned = {rollout.split: (600, 66)}
+    stage.tick(first, times=8)
+    stage.asked = 30
+    stage.tick(first)
+
+    assert stage.desk.audit_trail()[-1].evidence["assigned"] == [850, 91]
+    stage.now_s += 20
+    stage.assigned = {rollout.split: (5_000, 0)}
+    document = stage.tick(second)
+    assert document.rollout is not None
+    assert stage.desk.audit_trail()[-1].evidence["assigned"] == [5_000, 0]
+
+
+# ---------------------------------------------------------------- experiments
+
+
+def label_answers(stage: Stage, version: str, variant: str, *, right: int, wrong: int) -> None:
+    """Log labels for audited answers of one arm."""
+    ids = RequestIds(b"k" * 32)
+    votes = []
+    for number in range(right + wrong):
+        request_id = ids.issue(stage.now_s, version, variant, "boot", audit=True)
+        votes.append(
+            Feedback(
+                feedback_id=f"{variant}-{stage.now_s}-{number}",
+                at_s=stage.now_s,
+                kind="feedback",
+                label="boot" if number < right else "shoe",
+                request_id=request_id,
+                content_hash="",
+                user="",
+                audit=True,
+            )
+        )
+    stage.log.record_feedback(votes, {})
+
+
+def start_experiment(stage: Stage, **more: Any) -> None:
+    arms = [{"version": "v1", "weight": 50}, {"version": "v1.1", "weight": 50}]
+    plan = {"arms": arms, "end_s": stage.now_s + 1_000} | more
+    stage.ask("start_experiment", experiment=plan)
+
+
+def test_an_experiment_is_measured_ends_by_itself_and_its_result_is_stored(stage: Stage) -> None:
+    controller = stage.controller()
+    start_experiment(stage)
+    experiment = stage.tick(controller, times=2).experiment
+    assert experiment is not None
+    assert experiment.began_s is not None
+
+    label_answers(stage, "v1", "stable", right=80, wrong=20)
+    label_answers(stage, "v1.1", "v1.1", right=95, wrong=5)
+    label_answers(stage, "v1.1", "candidate", right=0, wrong=50)  # of a rollout before
+    stage.by_arm = {experiment.id: (500, 480)}
+    stage.now_s += 998
+    document = stage.tick(controller)
+
+    assert (document.stable, document.previous, document.experiment) == ("v1", None, None)
+    stored = stage.desk.experiment(experiment.id)
+    assert stored.ended_why == "its planned end has come"
+    result = stored.result
+    assert result is not None
+    assert [(a.requests, a.labelled, a.correct, a.corrections) for a in result.arms] == [
+        (500, 100, 80, 20),
+        (480, 100, 95, 5),
+    ]
+    assert stage.history()[-3:] == ["experiment_started", "experiment_began", "experiment_ended"]
+
+
+def test_answers_before_the_weights_took_effect_and_chosen_ones_tell_nothing(stage: Stage) -> None:
+    controller = stage.controller()
+    stage.warm = ("v1",)
+    start_experiment(stage)
+    stage.tick(controller, times=2)
+    label_answers(stage, "v1", "stable", right=0, wrong=9)
+    stage.now_s += 5
+    stage.warm = ("v1", "v1.1")
+    stage.tick(controller, times=2)
+    chosen = RequestIds(b"k" * 32).issue(stage.now_s, "v1.1", "v1.1", "boot", True, chosen=True)
+    vote = Feedback("f", stage.now_s, "feedback", "shoe", chosen, "", "", True)
+    stage.log.record_feedback([vote], {})
+    label_answers(stage, "v1", "stable", right=3, wrong=0)
+    stage.ask("end_experiment")
+    stage.tick(controller)
+
+    result = stage.desk.audit_trail()[-1].evidence
+    assert [(arm["labelled"], arm["corrections"]) for arm in result["arms"]] == [(3, 0), (0, 0)]
+
+
+def test_another_controller_goes_on_with_the_same_experiment_and_the_same_counts(
+    stage: Stage,
+) -> None:
+    first, second = stage.controller(), stage.controller()
+    start_experiment(stage, adaptive=True)
+    experiment = stage.tick(first, times=2).experiment
+    assert experiment is not None
+    label_answers(stage, "v1", "stable", right=60, wrong=40)
+    label_answers(stage, "v1.1", "v1.1", right=95, wrong=5)
+
+    stage.now_s += 58
+    by_first = stage.tick(first, times=3).experiment
+    stage.now_s += 70
+    by_second = stage.tick(second).experiment
+
+    assert by_first is not None
+    assert by_second is not None
+    assert by_first.weights == by_second.weights == (1, 99)
+    assert by_first.result is not None
+    assert by_second.result is not None
+    assert by_first.result.arms == by_second.result.arms
+    assert by_second.began_s == experiment.began_s
+    assert stage.document.stable == "v1"
 
 
 def test_an_idle_controller_writes_only_to_keep_its_lease(stage: Stage) -> None:

@@ -21,7 +21,10 @@ from lifelong_ray.feedback import (
     CleanImage,
     RequestIds,
     Secrets,
+    SentImage,
+    content_hash,
     decode_image,
+    decode_png,
     encode_png,
     read_comparisons,
     read_feedback,
@@ -37,11 +40,11 @@ from lifelong_ray.on_ray.front import (
     clean_label,
     clean_reason,
 )
-from lifelong_ray.release import ReleaseDesk, Rollout
+from lifelong_ray.release import Arm, Experiment, ReleaseDesk, Rollout
 from lifelong_ray.types import (
+    BadImageError,
     BadRequestIdError,
     OverloadedError,
-    Pixels,
     StorageFullError,
 )
 from tests.fakes import MemoryStore
@@ -84,7 +87,7 @@ class Scene:
         await until(lambda: set(versions) <= set(self.book.last.warm_versions))
 
     async def answer(self, name: str = "top", key: str = "anybody", **options: Any) -> Any:
-        return await self.front.answer(CleanImage.of(IMAGES[name]), key=key, **options)
+        return await self.front.answer(SentImage.of(IMAGES[name]), key=key, **options)
 
     async def logged(self, num_comparisons: int) -> Any:
         """The comparisons, once that many are durable."""
@@ -95,6 +98,12 @@ class Scene:
 
         await until(lambda: len(compared()) >= num_comparisons)
         return compared()
+
+    async def assigned(self) -> Any:
+        """Requests by arm, as the next heartbeat tells them."""
+        num_heard = len(self.book.reports)
+        await until(lambda: len(self.book.reports) > num_heard + 1)
+        return self.book.last.assigned
 
     async def counted(self, version: str) -> tuple[int, int] | None:
         """Requests and errors of a version, as the next heartbeat tells them."""
@@ -118,7 +127,7 @@ def rollout_of(candidate: str, *, weight: int = 0, shadow: float = 0.0) -> Rollo
     )
 
 
-def candidates_answer(version: str, pixels: Pixels) -> VersionAnswer:
+def candidates_answer(version: str, image: CleanImage) -> VersionAnswer:
     """A slot that always says the first class."""
     return VersionAnswer(version, CLASSES, (0.8, 0.1, 0.1), 1.0)
 
@@ -222,19 +231,19 @@ def test_every_answer_is_one_versions_while_versions_change(store: MemoryStore) 
 def test_several_images_of_one_request_get_one_version(store: MemoryStore) -> None:
     add_version(store, wrong=True)
 
-    def only_the_first(version: str, pixels: Pixels) -> VersionAnswer:
-        if pixels is IMAGES["top"]:
-            return candidates_answer(version, pixels)
+    def only_the_first(version: str, image: CleanImage) -> VersionAnswer:
+        if image.pixels is IMAGES["top"]:
+            return candidates_answer(version, image)
         raise RuntimeError("the slot is gone")
 
     async def play(scene: Scene) -> None:
         await scene.change(rollout=rollout_of("v1.1", weight=20))
-        images = [CleanImage.of(IMAGES[name]) for name in CLASSES]
+        images = [SentImage.of(IMAGES[name]) for name in CLASSES]
         together = await scene.front.answer_together(images, key="x", override="always")
         assert [s.variant for s in together] == ["stable"] * 3
         assert [s.answer.class_name for s in together] == list(CLASSES)
         [alone] = await scene.front.answer_together(
-            [CleanImage.of(IMAGES["top"])], key="x", override="always"
+            [SentImage.of(IMAGES["top"])], key="x", override="always"
         )
         assert (alone.variant, alone.answer.version) == ("candidate", "v1.1")
 
@@ -341,6 +350,133 @@ def test_a_candidate_that_fails_in_process_costs_no_answer_and_counts_once(
             assert (served.variant, served.answer.class_name) == ("stable", "low")
         assert await scene.counted("v1.1") == (6, 5)
         assert scene.slot.num_asked == 0
+
+    run(play, store)
+
+
+# -- who was assigned -----------------------------------------------------------------------
+
+
+def test_only_requests_that_chance_assigns_are_counted_by_arm(store: MemoryStore) -> None:
+    add_version(store)
+    rollout = rollout_of("v1.1", weight=20)
+
+    async def play(scene: Scene) -> None:
+        await scene.change(rollout=rollout)
+        served = [await scene.answer(key=f"request-{n}") for n in range(60)]
+        for n in range(5):
+            await scene.answer(key="ada", user="ada")
+            await scene.answer(key=f"forced-{n}", override="always")
+        told = await scene.assigned()
+
+        arms = Counter(one.variant for one in served)
+        assert told == {rollout.split: (arms["stable"], arms["candidate"])}
+        assert arms["candidate"] > 0
+
+    run(play, store)
+
+
+def test_a_request_counts_for_its_arm_although_another_answers(store: MemoryStore) -> None:
+    add_version(store)
+    rollout = rollout_of("v1.1", weight=20)
+
+    async def play(scene: Scene) -> None:
+        await scene.change(rollout=rollout)
+        served = [await scene.answer(key=f"request-{n}") for n in range(60)]
+        assert {one.variant for one in served} == {"stable"}
+        [(stable, candidate)] = (await scene.assigned()).values()
+        assert stable + candidate == 60
+        assert candidate > 0
+
+    run(play, store, slot=FakeSlot(RuntimeError("gone")))
+
+
+def test_counts_of_an_ended_rollout_are_forgotten(store: MemoryStore) -> None:
+    add_version(store)
+
+    async def play(scene: Scene) -> None:
+        await scene.change(rollout=rollout_of("v1.1", weight=20))
+        await scene.answer()
+        assert await scene.assigned()
+        await scene.change(rollout=None)
+        await scene.answer()
+        assert await scene.assigned() == {}
+
+    run(play, store)
+
+
+# -- experiments ----------------------------------------------------------------------------
+
+
+def experiment_of(*versions: str, began: bool = True) -> Experiment:
+    weight = 100 // len(versions)
+    return Experiment(
+        id="e1",
+        arms=tuple(Arm(version=version, weight=weight) for version in versions),
+        salt="salt",
+        metric="accuracy",
+        adaptive=False,
+        started_by="ann",
+        reason="",
+        started_at_s=0.0,
+        end_s=1e12,
+        began_s=1.0 if began else None,
+    )
+
+
+def test_arms_answer_in_process_and_are_named_in_the_id_and_in_the_log(store: MemoryStore) -> None:
+    for version in ("v1.1", "v1.2"):
+        add_version(store, version, wrong=True)
+
+    async def play(scene: Scene) -> None:
+        await scene.change(experiment=experiment_of("v1", "v1.1", "v1.2", began=False))
+        await scene.load("v1", "v1.1", "v1.2")
+        assert (await scene.answer(key="before")).variant == "stable"
+        experiment = experiment_of("v1", "v1.1", "v1.2")
+        experiment = experiment.model_copy(
+            update={"arms": (*experiment.arms[:2], Arm(version="v1.2", weight=34))}
+        )
+        await scene.change(experiment=experiment)
+        served = [await scene.answer("top", key=f"request-{n}") for n in range(90)]
+        chosen = await scene.answer("top", key="ada", override="v1.2")
+
+        assert {one.variant for one in served} == {"stable", "v1.1", "v1.2"}
+        for one in (*served, chosen):
+            version = "v1" if one.variant == "stable" else one.variant
+            assert one.answer.version == version
+            assert one.answer.class_name == ("top" if version == "v1" else WRONG["top"])
+            proof = RequestIds(SECRETS.signing_key).verify(one.request_id)
+            assert (proof.version, proof.variant) == (version, one.variant)
+            assert proof.chosen == (one is chosen)
+        arms = Counter(one.variant for one in served)
+        counts = tuple(arms[name] for name in ("stable", "v1.1", "v1.2"))
+        assert await scene.assigned() == {experiment.split: counts}
+        assert scene.book.last.requests_by_arm == {"e1": counts}
+        assert scene.slot.num_asked == 0
+        assert (await scene.answer(key="sticky", user="ada")).answer.version == (
+            (await scene.answer(key="sticky", user="ada")).answer.version
+        )
+        await until(lambda: sum(scene.book.last.requests_by_arm["e1"]) == 92)
+        assert await scene.assigned() == {experiment.split: counts}  # sessions are no chance
+        together = [SentImage.of(IMAGES["top"])] * 3
+        await scene.front.answer_together(together, key="many")
+        await until(lambda: sum(scene.book.last.requests_by_arm["e1"]) == 95)
+        assert sum((await scene.assigned())[experiment.split]) == 91  # chance tossed once
+
+    run(play, store)
+
+    assert {row.variant for row in predictions_in(store)} == {"stable", "v1.1", "v1.2"}
+
+
+def test_an_arm_that_is_not_loaded_fails_no_request(store: MemoryStore) -> None:
+    async def play(scene: Scene) -> None:
+        await scene.change(experiment=experiment_of("v1", "v9"))
+        served = [await scene.answer(key=f"request-{n}") for n in range(40)]
+
+        assert {(one.variant, one.answer.version) for one in served} == {("stable", "v1")}
+        [(stable, missing)] = (await scene.assigned()).values()
+        assert stable + missing == 40
+        assert missing > 0
 
     run(play, store)
 
@@ -707,7 +843,7 @@ def test_an_example_is_in_the_log_with_its_image_when_it_is_acknowledged(
     store: MemoryStore,
 ) -> None:
     async def play(scene: Scene) -> None:
-        image = await scene.front.record_example(CleanImage.of(IMAGES["low"]), "boot", "operator")
+        image = await scene.front.record_example(SentImage.of(IMAGES["low"]), "boot", "operator")
         snapshot = take_snapshot(store, 0.0)
         row = read_feedback(store, snapshot).rows[-1]
         assert (row.kind, row.label, row.content_hash) == ("example", "boot", image)
@@ -739,12 +875,56 @@ def test_more_images_than_may_wait_are_refused_and_the_rest_answered(store: Memo
     run(play, store, settings(serving={"max_queue": 4}))
 
 
-def test_bytes_are_decoded_within_the_configured_limits(store: MemoryStore) -> None:
+def test_bytes_are_decoded_within_the_configured_limits_off_the_event_loop(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[int] = set()
+
+    def watched(*args: Any) -> Any:
+        threads.add(threading.get_ident())
+        return decode_image(*args)
+
+    monkeypatch.setattr("lifelong_ray.feedback.images.decode_image", watched)
+    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 1), dtype=np.uint8)
+    large, small = encode_png(noise), encode_png(IMAGES["low"])
+    assert len(large) > 4_096 > len(small)
+
     async def play(scene: Scene) -> None:
-        png = encode_png(IMAGES["low"])
-        image = await scene.front.decode(png, "image/png")
-        assert (image.pixels == decode_image(png, None, settings().images)).all()
-        assert image.content_hash == CleanImage.of(image.pixels).content_hash
+        for png in (small, large):
+            sent = scene.front.sent(png, "image/png")
+            assert (await scene.front.answer(sent, key="k")).answer.version == "v1"
+            assert sent.clean().content_hash == content_hash(decode_png(png))
+        for bad, code in ((b"no image", "not_an_image"), (large[:5_000], "truncated_image")):
+            with pytest.raises(BadImageError) as raised:
+                await scene.front.answer(scene.front.sent(bad, None), key="k")
+            assert raised.value.code == code
+        assert await scene.counted("v1") == (2, 0)
+
+    run(play, store)
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+def test_a_bad_image_in_a_batch_harms_no_other(store: MemoryStore) -> None:
+    async def play(scene: Scene) -> None:
+        good = [scene.answer(name) for name in CLASSES]
+        bad = scene.front.answer(scene.front.sent(b"no image", None), key="k")
+        answers = await asyncio.gather(*good, bad, return_exceptions=True)
+        assert [a.answer.class_name for a in answers[:3]] == list(CLASSES)
+        assert isinstance(answers[3], BadImageError)
+        assert await scene.counted("v1") == (3, 0)
+
+    run(play, store)
+
+
+def test_a_bad_image_is_no_error_of_the_candidate(store: MemoryStore) -> None:
+    add_version(store)
+
+    async def play(scene: Scene) -> None:
+        await scene.change(rollout=rollout_of("v1.1", weight=20))
+        with pytest.raises(BadImageError):
+            await scene.front.answer(scene.front.sent(b"no", None), key="k", override="always")
+        assert await scene.counted("v1.1") is None
 
     run(play, store)
 

@@ -327,6 +327,7 @@ def test_headers_say_who_asks_and_how_long_they_wait() -> None:
 
     assert asker == Asker("ada", "always", 50.0)
     assert asker_of(asking()) == Asker("", "", None)
+    assert asker_of(asking(x_variant="v1.2", x_canary="always")) == Asker("", "v1.2", None)
 
 
 @pytest.mark.parametrize("said", ["0", "-1", "soon", "nan", "inf", ""])

@@ -12,6 +12,7 @@ import numpy as np
 from lifelong_ray.config import Config, config_from
 from lifelong_ray.cycle import run_base
 from lifelong_ray.datasets import LabelledImages
+from lifelong_ray.feedback import CleanImage
 from lifelong_ray.fitting import fit_alone
 from lifelong_ray.learning import Calibration, Learner, Light, build_model
 from lifelong_ray.on_ray.warm import VersionAnswer
@@ -136,18 +137,18 @@ def move(desk: ReleaseDesk, **changes: object) -> ReleaseDocument:
 class FakeSlot:
     """Answers by a function; counts what it was asked."""
 
-    def __init__(self, reply: Callable[[str, Pixels], VersionAnswer] | Exception) -> None:
+    def __init__(self, reply: Callable[[str, CleanImage], VersionAnswer] | Exception) -> None:
         self._reply = reply
         self.num_asked = 0
         self.open = asyncio.Event()
         self.open.set()
 
-    async def ask(self, version: str, pixels: Pixels) -> VersionAnswer:
+    async def ask(self, version: str, image: CleanImage) -> VersionAnswer:
         self.num_asked += 1
         await self.open.wait()
         if isinstance(self._reply, Exception):
             raise self._reply
-        return self._reply(version, pixels)
+        return self._reply(version, image)
 
 
 class ReportBook:

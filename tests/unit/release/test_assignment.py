@@ -1,15 +1,18 @@
 """Who answers: pure, sticky, monotone in the weight, the same in every process."""
 
+import math
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lifelong_ray.config import StepConfig
 from lifelong_ray.release import ReleaseDocument, Rollout, assign
+from lifelong_ray.release.rollout import NUM_BUCKETS, _bucket
 from lifelong_ray.types import RolloutError
 
 keys = st.text(max_size=40)
@@ -119,6 +122,35 @@ def test_shares_come_out_as_asked_and_variant_and_shadow_are_independent() -> No
     assert share == pytest.approx(0.20, abs=0.015)
     assert shadowed == pytest.approx(0.50, abs=0.02)
     assert shadowed_candidates == pytest.approx(0.50, abs=0.04)
+
+
+def test_of_a_hundred_thousand_keys_every_weight_gets_its_share_and_moves_nobody_back() -> None:
+    users = [f"user-{n}" for n in range(100_000)]
+    # The lowest weight at which a key gets the candidate, which is all that its hash decides.
+    buckets = np.array([_bucket(b"variant", "salt", user) for user in users])
+    lowest = buckets // (NUM_BUCKETS // 100) + 1
+
+    for weight in range(101):
+        document = a_document(weight, shadow=0.5)
+        for user, needed in zip(users[:1_000], lowest[:1_000], strict=True):
+            assert (assign(document, user).variant == "candidate") == (weight >= needed)
+        chosen = int((lowest <= weight).sum())
+        # Five standard deviations of a binomial share: 1 in 20,000 for all weights together.
+        bound = 5 * math.sqrt(len(users) * weight / 100 * (1 - weight / 100))
+        assert abs(chosen - len(users) * weight / 100) <= bound
+
+    for weight in (0, 1, 50, 99, 100):
+        document = a_document(weight, shadow=0.5)
+        variants = np.array([assign(document, user).variant for user in users])
+        assert ((variants == "candidate") == (lowest <= weight)).all()
+
+
+def test_an_override_is_followed_by_every_key_at_every_weight() -> None:
+    for weight in range(101):
+        document = a_document(weight, shadow=0.5)
+        for user in map(str, range(200)):
+            assert assign(document, user, "always").variant == "candidate"
+            assert assign(document, user, "never").variant == "stable"
 
 
 def test_another_rollout_starts_with_other_users() -> None:

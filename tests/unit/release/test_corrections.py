@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,12 @@ def test_a_correction_counts_under_the_weight_at_the_time_of_its_answer() -> Non
     ]
 
     assert count_corrections(answers, weights) == Corrections({5: (2, 2), 50: (1, 1)})
+
+
+def test_answers_of_a_version_that_a_header_chose_do_not_count() -> None:
+    chosen = replace(corrected(111.0, "candidate"), chosen=True)
+
+    assert count_corrections([chosen], [(110.0, 5)]) == Corrections()
 
 
 def test_counts_add_up_weight_by_weight() -> None:

@@ -18,7 +18,13 @@ from lifelong_ray.release import (
     ReleaseDocument,
     advance,
 )
-from lifelong_ray.types import ConflictError, GateRefusedError, RolloutError, VersionError
+from lifelong_ray.types import (
+    ConflictError,
+    GateRefusedError,
+    NotFoundError,
+    RolloutError,
+    VersionError,
+)
 from tests.fakes import MemoryStore
 
 NOTHING_SEEN = Observation(now_s=100.0, fronts=(), pairs=Pairs(), slot_ready=False)
@@ -70,6 +76,14 @@ def a_start(candidate: str = "v2", *, intent_id: str = "i1", force: bool = False
 
 def a_wish(verb: str, intent_id: str = "w1") -> Intent:
     return Intent.model_validate({"id": intent_id, "verb": verb, "actor": "ann", "at_s": 1.0})
+
+
+def an_experiment(*versions: str, intent_id: str = "e1") -> Intent:
+    arms = [{"version": version, "weight": 100 // len(versions)} for version in versions]
+    return Intent.model_validate(
+        {"id": intent_id, "verb": "start_experiment", "actor": "ann", "at_s": 1.0}
+        | {"experiment": {"arms": arms, "end_s": 1e12}}
+    )
 
 
 def tick(desk: ReleaseDesk) -> ReleaseDocument:
@@ -208,6 +222,10 @@ def test_no_wish_is_lost_among_concurrent_writers() -> None:
         (a_wish("rollback"), RolloutError, "no version before v1 to roll back to"),
         (a_wish("abort"), RolloutError, "no rollout is in progress"),
         (a_wish("promote"), RolloutError, "nothing to promote"),
+        (an_experiment("v1", "v9"), VersionError, "there is no version 'v9'"),
+        (an_experiment("v1", "v3"), GateRefusedError, "v3 has not passed the gate"),
+        (an_experiment("v2", "v2.1"), VersionError, "there is no version 'v2.1'"),
+        (a_wish("end_experiment"), RolloutError, "nothing to end"),
     ],
 )
 def test_a_wish_that_cannot_be_fulfilled_is_refused_at_once(
@@ -231,6 +249,40 @@ def test_a_forced_start_needs_no_gate_and_is_marked() -> None:
     assert document.rollout is not None
     assert document.rollout.forced
     assert a_desk(store).audit_trail()[-1].why == "rollout asked without a passed gate"
+
+
+def test_an_experiment_and_a_rollout_refuse_each_other_while_one_of_them_waits() -> None:
+    desk = a_desk(a_store())
+    desk.request(an_experiment("v1", "v2"))
+
+    with pytest.raises(RolloutError, match="is under way; end it before v2"):
+        desk.request(a_start("v2"))
+
+    desk.request(a_wish("end_experiment"))
+    desk.request(a_start("v2"))
+    document = tick(desk)
+    assert (document.experiment, document.rollout is None) == (None, False)
+    with pytest.raises(RolloutError, match="the rollout of v2 is in progress"):
+        desk.request(an_experiment("v1", "v2", intent_id="e2"))
+
+
+def test_the_record_of_an_experiment_has_its_history_and_how_it_ended() -> None:
+    store = a_store()
+    desk = a_desk(store)
+    desk.request(an_experiment("v1", "v2"))
+    tick(desk)
+    desk.request(a_wish("end_experiment"))
+    tick(desk)
+
+    record = json.loads(store.read("experiments/experiment-e1.json"))
+
+    assert [row["what"] for row in record["history"]] == ["experiment_started", "experiment_ended"]
+    ended = desk.experiment("experiment-e1")
+    assert (ended.ended_by, ended.ended_why) == ("ann", "asked")
+    assert ended.result is not None
+    assert [event.what for event in desk.audit_trail()][-1] == "experiment_ended"
+    with pytest.raises(NotFoundError, match="never an experiment"):
+        desk.experiment("../current")
 
 
 def test_a_second_start_is_refused_while_the_first_waits_or_runs() -> None:

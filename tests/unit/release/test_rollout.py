@@ -1,13 +1,15 @@
 """The rollout state machine: when a candidate moves on, waits, becomes stable or is taken back."""
 
+import math
 import random
 from dataclasses import replace
 from typing import get_args
 
 import pytest
 
-from lifelong_ray.config import RolloutConfig, StepConfig
+from lifelong_ray.config import ExperimentConfig, RolloutConfig, StepConfig
 from lifelong_ray.release import (
+    ArmTally,
     Corrections,
     Counter,
     Event,
@@ -33,6 +35,9 @@ BAD = Pairs(same=10, worse=40)
 def an_intent(verb: str, *, force: bool = False, intent_id: str = "i1", **more: object) -> Intent:
     if verb == "start":
         more.setdefault("candidate", "v1.1")
+    if verb == "start_experiment":
+        arms = [{"version": version, "weight": 50} for version in ("v1", "v1.1")]
+        more.setdefault("experiment", {"arms": arms, "end_s": 1_030.0, "adaptive": True})
     return Intent.model_validate(
         {"id": intent_id, "verb": verb, "actor": "ann", "reason": "why not", "at_s": 1.0}
         | {"force": force}
@@ -431,6 +436,55 @@ def test_high_latency_inside_the_model_pauses_until_it_falls_or_is_accepted() ->
 # ---------------------------------------------------------------- operators
 
 
+def seeing_split(
+    document: ReleaseDocument, stable: int, candidate: int, weight: int = 5
+) -> Observation:
+    front = a_front(document, requests=99)
+    return replace(seeing(front), assigned={(100 - weight, weight): (stable, candidate)})
+
+
+def test_requests_that_are_not_split_by_weight_pause_a_rollout_until_that_is_accepted() -> None:
+    document = at_step(1)
+
+    paused, events = advance(document, seeing_split(document, 990, 10), CONFIG)
+    still, none = advance(paused, seeing_split(paused, 1_900, 100), CONFIG)
+    resumed, _ = advance(asked(still, "resume"), seeing_split(still, 990, 10), CONFIG)
+    moved, _ = advance(resumed, seeing_split(resumed, 990, 10), CONFIG)
+
+    assert rollout_of(paused).paused_by == "sample_ratio"
+    assert events[0].why == (
+        "requests are not split by weight: chance assigned 990 to stable and 10 to v1.1, "
+        "where 950 and 50 were due; resume accepts it"
+    )
+    assert events[0].evidence["assigned"] == [990, 10]
+    assert events[0].evidence["log_e_sample_ratio"] > math.log(1_000)
+    assert (still, none) == (paused, ())  # proven once is proven, and nothing is written
+    assert rollout_of(moved).weight == 20
+
+
+def test_requests_split_by_weight_pause_nothing() -> None:
+    document = at_step(1)
+
+    moved, _ = advance(document, seeing_split(document, 948, 52), CONFIG)
+
+    assert rollout_of(moved).weight == 20
+
+
+def test_a_wrong_split_stops_a_promotion_but_neither_a_forced_one_nor_an_abort() -> None:
+    document = at_step(3)
+    off = seeing_split(document, 900, 100, weight=50)
+
+    held, _ = advance(document, replace(off, pairs=GOOD), CONFIG)
+    taken_back, _ = advance(document, replace(off, pairs=BAD), CONFIG)
+    forced, _ = advance(asked(held, "promote", force=True), off, CONFIG)
+    forced, _ = advance(forced, replace(off, fronts=(a_front(forced),)), CONFIG)
+
+    assert rollout_of(held).paused_by == "sample_ratio"
+    assert taken_back.rollout is None
+    assert taken_back.stable == "v1"
+    assert forced.stable == "v1.1"
+
+
 def test_an_operators_pause_holds_until_resumed() -> None:
     document = at_step(1)
     paused, _ = advance(asked(document, "pause"), seeing(), CONFIG)
@@ -646,7 +700,12 @@ def a_story(seed: int) -> tuple[set[str], set[int]]:
             )
         observation = seeing(*reports, pairs=pairs, slot_ready=chance.random() < 0.8, now_s=now_s)
 
-        following, events = advance(document, observation, CONFIG)
+        if document.experiment is not None:
+            right = [chance.randrange(20) for _ in document.experiment.arms]
+            tallies = tuple(ArmTally(labelled=20, correct=number) for number in right)
+            observation = replace(observation, tallies=tallies)
+
+        following, events = advance(document, observation, CONFIG, ExperimentConfig(interval_s=3))
 
         check_invariants(document, observation, following, events)
         happened |= {event.what for event in events}
@@ -685,6 +744,11 @@ def check_invariants(
     assert all(after.knows(intent.id) for intent in before.intents)
     assert [e.number for e in events] == list(range(before.next_audit, after.next_audit))
     assert all(event.who and event.why for event in events)
+
+    assert after.rollout is None or after.experiment is None
+    if after.experiment is not None:
+        assert sum(after.experiment.weights) == 100
+        assert min(after.experiment.weights) >= 1
 
     moved_pointer = after.stable != before.stable
     assert moved_pointer == bool({"promoted", "rolled_back"} & set(whats(events)))

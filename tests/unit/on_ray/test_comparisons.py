@@ -1,0 +1,133 @@
+"""What `GET /admin/comparisons` finds in the log."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lifelong_ray.config import FeedbackConfig, StepConfig
+from lifelong_ray.feedback import LogWriter
+from lifelong_ray.on_ray.comparisons import compared
+from lifelong_ray.release import Event, ReleaseDesk, Rollout
+from lifelong_ray.types import Comparison, Feedback, NotFoundError
+from tests.fakes import MemoryStore
+
+NOW_S = 1_800_000_000.0
+LONG_AGO_S = NOW_S - 5 * 3_600
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    """Ten pairs of a rollout that began five hours ago, and one of another a minute ago."""
+    store = MemoryStore()
+    for rollout_id, at_s, number in (("r1", LONG_AGO_S, 10), ("r2", NOW_S - 60, 1)):
+        rollout = Rollout(
+            id=rollout_id,
+            candidate="v1.1",
+            steps=(StepConfig(setWeight=5),),
+            salt="s",
+            started_at_s=at_s,
+            step_started_at_s=at_s,
+        )
+        event = Event(
+            number=1,
+            what="started",
+            who="ann",
+            why="",
+            from_version="v1",
+            to_version="v1.1",
+            at_s=at_s,
+        )
+        ReleaseDesk(store, lambda: NOW_S).record_rollout(rollout, [event])
+        log = LogWriter(store, FeedbackConfig(), "front", lambda at_s=at_s: at_s)  # type: ignore[misc]  # a clock
+        rows = [pair(f"{rollout_id}-{n}", rollout_id, at_s + n) for n in range(number)]
+        for row in rows:
+            log.log_comparison(row)
+        log.flush()
+        log.record_feedback([label(rows[0].request_id, at_s)], {})
+    return store
+
+
+def pair(request_id: str, rollout_id: str, at_s: float) -> Comparison:
+    return Comparison(
+        request_id=request_id,
+        at_s=at_s,
+        rollout_id=rollout_id,
+        stable_version="v1",
+        stable_class="boot",
+        stable_confidence=0.9,
+        candidate_version="v1.1",
+        candidate_class="boot",
+        candidate_confidence=0.9,
+        stable_ms=1.0,
+        candidate_ms=1.0,
+        audit=True,
+    )
+
+
+def label(request_id: str, at_s: float) -> Feedback:
+    return Feedback(
+        feedback_id=f"vote-{request_id}",
+        at_s=at_s,
+        kind="feedback",
+        label="boot",
+        request_id=request_id,
+        content_hash="",
+        user="",
+        audit=True,
+    )
+
+
+def shown(store: MemoryStore, **options: Any) -> dict[str, Any]:
+    asked = {"rollout_id": None, "hours": 1.0, "last": 100} | options
+    answer = compared(store, lambda: NOW_S, **asked)
+    json.dumps(answer, allow_nan=False)
+    return answer
+
+
+def test_without_a_name_the_last_hour_is_shown(store: MemoryStore) -> None:
+    answer = shown(store)
+
+    assert answer["num_comparisons"] == 1
+    assert [rollout["rollout_id"] for rollout in answer["rollouts"]] == ["r2"]
+    assert [row["request_id"] for row in answer["comparisons"]] == ["r2-0"]
+
+
+def test_more_hours_show_more_rollouts(store: MemoryStore) -> None:
+    answer = shown(store, hours=6.0)
+
+    assert [rollout["rollout_id"] for rollout in answer["rollouts"]] == ["r1", "r2"]
+    assert [rollout["labelled"]["both_right"] for rollout in answer["rollouts"]] == [1, 1]
+
+
+def test_a_rollout_is_shown_alone_and_from_its_start(store: MemoryStore) -> None:
+    answer = shown(store, rollout_id="r1", last=3)
+
+    assert answer["since_s"] == LONG_AGO_S
+    assert answer["num_comparisons"] == 10
+    assert [row["request_id"] for row in answer["comparisons"]] == ["r1-7", "r1-8", "r1-9"]
+
+
+def test_the_latest_rows_may_be_left_out(store: MemoryStore) -> None:
+    assert shown(store, last=0)["comparisons"] == []
+
+
+@pytest.mark.parametrize("name", ["r3", "../current", "", "r1/../r2"])
+def test_a_rollout_that_never_was_is_not_found(store: MemoryStore, name: str) -> None:
+    with pytest.raises(NotFoundError, match="there was never a rollout"):
+        shown(store, rollout_id=name)
+
+
+def test_an_empty_log_has_nothing_to_show() -> None:
+    assert shown(MemoryStore())["rollouts"] == []
+
+
+def test_rows_are_in_the_order_of_their_requests(store: MemoryStore) -> None:
+    log = LogWriter(store, FeedbackConfig(), "late", lambda: NOW_S)
+    log.log_comparison(replace(pair("early", "r2", NOW_S - 90), audit=False))
+    log.flush()
+
+    assert [row["request_id"] for row in shown(store)["comparisons"]] == ["early", "r2-0"]
