@@ -683,6 +683,11 @@ class ServingConfig(_Branch):
     model_threads: int = Field(
         1, gt=0, description="CPU threads of each replica's model; more replicas use more cores."
     )
+    model_process: bool = Field(
+        True,
+        description="Run each replica's models in a process of their own beside the one that takes "
+        "HTTP: the most requests per second, for the memory of one more process.",
+    )
     max_batch: int = Field(32, gt=0, description="Images per forward pass.")
     batch_wait_s: float = Field(0.002, ge=0, description="Longest wait for a fuller batch.")
     max_queue: int = Field(512, gt=0, description="Images waiting; beyond it 429.")

@@ -21,12 +21,14 @@ Error tree::
     ├── RolloutError             the release document does not allow what was asked
     ├── OverloadedError          a bounded queue is full; try again later
     └── ServingError             the application cannot be started or reached
+        └── ModelHostGoneError   ... or its models died and are being loaded again
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +85,10 @@ class BadImageError(LifelongError):
         self.code = code
         self.status = status
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception would be made anew from its message alone.
+        return partial(BadImageError, status=self.status), (self.code, str(self))
+
 
 class BadRequestIdError(LifelongError):
     """A request id that this system did not issue, or that was altered."""
@@ -114,6 +120,10 @@ class OverloadedError(LifelongError):
 
 class ServingError(LifelongError):
     """The application cannot be started or reached."""
+
+
+class ModelHostGoneError(ServingError):
+    """What held the models ended; they are being loaded again."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -164,35 +163,38 @@ class CleanImage:
 
 
 class SentImage:
-    """An image as it was sent: made clean once, on whichever thread needs it first."""
+    """An image as it was sent: made clean once, wherever that is needed first.
 
-    __slots__ = ("_clean", "_make", "_num_bytes")
+    Attributes:
+        data: Its bytes, unchecked; empty where there were pixels from the start.
+        content_type: What the sender says they are.
+    """
 
-    def __init__(self, make: Callable[[], CleanImage], num_bytes: int) -> None:
-        """Take how it is made clean, and how much there is to decode."""
-        self._make = make
-        self._num_bytes = num_bytes
+    __slots__ = ("_clean", "_limits", "content_type", "data")
+
+    def __init__(self, data: bytes, content_type: str | None, limits: ImageConfig) -> None:
+        """Take unchecked bytes; see `decode_image`."""
+        self.data = data
+        self.content_type = content_type
+        self._limits = limits
         self._clean: CleanImage | None = None
 
     @classmethod
-    def encoded(cls, data: bytes, content_type: str | None, limits: ImageConfig) -> SentImage:
-        """Take unchecked bytes; see `decode_image`."""
-        return cls(lambda: CleanImage.of(decode_image(data, content_type, limits)), len(data))
-
-    @classmethod
-    def of(cls, pixels: Pixels) -> SentImage:
+    def of(cls, pixels: Pixels | CleanImage) -> SentImage:
         """Take pixels, which need no decoding."""
-        return cls(lambda: CleanImage.of(pixels), 0)
+        image = cls(b"", None, ImageConfig())
+        image._clean = pixels if isinstance(pixels, CleanImage) else CleanImage.of(pixels)
+        return image
 
-    @classmethod
-    def already(cls, image: CleanImage) -> SentImage:
-        """Take an image that was made clean before."""
-        return cls(lambda: image, 0)
+    @property
+    def is_clean(self) -> bool:
+        """Whether there are pixels already."""
+        return self._clean is not None
 
     @property
     def is_slow(self) -> bool:
         """Whether to make it clean takes longer than to hand it to another thread."""
-        return self._clean is None and self._num_bytes > _QUICK_BYTES
+        return self._clean is None and len(self.data) > _QUICK_BYTES
 
     def clean(self) -> CleanImage:
         """Return its pixels and their name.
@@ -201,8 +203,12 @@ class SentImage:
             BadImageError: If it is not an acceptable image.
         """
         if self._clean is None:
-            self._clean = self._make()
+            self._clean = CleanImage.of(decode_image(self.data, self.content_type, self._limits))
         return self._clean
+
+    def become(self, clean: CleanImage) -> None:
+        """Take what another process has made of it."""
+        self._clean = clean
 
 
 def content_hash(pixels: Pixels) -> str:

@@ -59,6 +59,11 @@ class Batcher(Generic[Q, A]):
         self._waiting.append((question, future))
         return await future
 
+    async def idle(self) -> None:
+        """Wait until nothing is waiting or worked on."""
+        if self._worker is not None:
+            await asyncio.wait([self._worker])
+
     async def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._waiting:
             await self._gather()

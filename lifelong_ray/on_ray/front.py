@@ -28,7 +28,8 @@ from lifelong_ray.feedback import (
     pseudonym,
     uuid7,
 )
-from lifelong_ray.on_ray.warm import VersionAnswer, WarmVersion, WarmVersions
+from lifelong_ray.on_ray.models import ModelHost, VersionAnswer
+from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
 from lifelong_ray.release import (
     Assignment,
     Counter,
@@ -45,9 +46,11 @@ from lifelong_ray.types import (
     BadImageError,
     Comparison,
     Feedback,
+    ModelHostGoneError,
     OverloadedError,
     Prediction,
     ServingError,
+    VersionError,
 )
 
 logger = logging.getLogger(__name__)
@@ -92,6 +95,7 @@ class Front:
         config: The whole tree.
         store: Registry, document and log.
         secrets: For request ids and pseudonyms.
+        host: Holds the models.
         slot: Answers for a candidate.
         controller: Is told what this front does.
         now_s: Unix time.
@@ -104,6 +108,7 @@ class Front:
         config: Config,
         store: Store,
         secrets: Secrets,
+        host: ModelHost,
         slot: CandidateSlot,
         controller: ReportSink,
         *,
@@ -123,9 +128,7 @@ class Front:
         self.registry = Registry(store)
         self.desk = ReleaseDesk(store, now_s)
         self.log = LogWriter(store, config.feedback, f"front-{self.front_id[-12:]}", now_s)
-        self._warm = WarmVersions(
-            self.registry, config.serving, now_s=now_s, precision=config.serving.front.precision
-        )
+        self._warm = WarmVersions(host, config.serving, now_s=now_s)
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="front")
         self._counters: dict[str, Counter] = {}
         self._assigned: dict[Split, tuple[int, ...]] = {}
@@ -148,6 +151,7 @@ class Front:
         """Write out the log; the replica is going away."""
         if self._follower is not None:
             self._follower.cancel()
+        self._warm.close()
         self.log.close()
 
     @property
@@ -158,7 +162,7 @@ class Front:
 
     def sent(self, data: bytes, content_type: str | None) -> SentImage:
         """Take the bytes of an image, unchecked."""
-        return SentImage.encoded(data, content_type, self._config.images)
+        return SentImage(data, content_type, self._config.images)
 
     async def answer(
         self, image: SentImage, *, key: str, override: str | None = None, user: str = ""
@@ -334,7 +338,11 @@ class Front:
         return "stable", await _each([self._ask_held(stable, image) for image in images])
 
     async def _ask_held(self, version: str, image: SentImage) -> VersionAnswer:
-        return await self._counted(version, self._warm.get(version).answer(image))
+        try:
+            warm = self._warm.get(version)
+        except VersionError:
+            raise ModelHostGoneError(f"version {version} is being loaded again") from None
+        return await self._counted(version, warm.answer(image))
 
     async def _ask_candidate(
         self, document: ReleaseDocument, version: str, image: SentImage
@@ -356,8 +364,8 @@ class Front:
         counter = self._counters.get
         try:
             answer = await asked
-        except (OverloadedError, BadImageError):
-            raise  # says how much traffic there is, or what is sent, nothing about the version
+        except (OverloadedError, BadImageError, ModelHostGoneError):
+            raise  # says nothing about the version
         except Exception:
             self._counters[version] = counter(version, Counter()).failed()
             raise
@@ -392,7 +400,7 @@ class Front:
         assert rollout is not None
         stable, candidate = served.answer, None
         try:
-            sent = SentImage.already(image)
+            sent = SentImage.of(image)
             if served.variant == "candidate":
                 stable, candidate = await self._ask_held(str(document.stable), sent), stable
             else:

@@ -27,6 +27,7 @@ from lifelong_ray.types import (
     ConfigError,
     GateRefusedError,
     LifelongError,
+    ModelHostGoneError,
     OverloadedError,
     RolloutError,
     StorageFullError,
@@ -40,6 +41,7 @@ T = TypeVar("T")
 _STATUS_AND_CODE: tuple[tuple[type[LifelongError], int, str], ...] = (
     (BadRequestIdError, 404, "unknown_request_id"),
     (OverloadedError, 429, "overloaded"),
+    (ModelHostGoneError, 503, "loading"),
     (GateRefusedError, 409, "gate_refused"),
     (RolloutError, 409, "rollout_conflict"),
     (VersionError, 404, "unknown_version"),

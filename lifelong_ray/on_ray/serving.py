@@ -27,7 +27,14 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import Receive, Scope, Send
 
 import lifelong_ray
-from lifelong_ray.config import AutoscalingConfig, Config, StepConfig, check_steps, config_from
+from lifelong_ray.config import (
+    AutoscalingConfig,
+    Config,
+    Precision,
+    StepConfig,
+    check_steps,
+    config_from,
+)
 from lifelong_ray.feedback import (
     CleanImage,
     LogTail,
@@ -61,6 +68,8 @@ from lifelong_ray.on_ray.http import (
     read_uploads,
     within,
 )
+from lifelong_ray.on_ray.model_process import ModelProcess
+from lifelong_ray.on_ray.models import ModelHost, Models, VersionAnswer
 from lifelong_ray.on_ray.open_inference import (
     CLASS,
     EXTENSIONS,
@@ -75,10 +84,10 @@ from lifelong_ray.on_ray.open_inference import (
 from lifelong_ray.on_ray.rollout import RolloutController
 from lifelong_ray.on_ray.scaling import autoscaling
 from lifelong_ray.on_ray.schedule import submit_update
-from lifelong_ray.on_ray.warm import VersionAnswer, WarmVersion, WarmVersions
+from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
 from lifelong_ray.on_ray.wishes import experiment_intent
 from lifelong_ray.release import FrontReport, Intent, Registry, ReleaseDesk
-from lifelong_ray.storage import open_store
+from lifelong_ray.storage import Store, open_store
 from lifelong_ray.types import BadImageError, NotFoundError, ServingError
 
 logger = logging.getLogger(__name__)
@@ -115,6 +124,13 @@ http = _Http(
 install_error_handlers(http)
 
 
+def model_host(config: Config, store: Store, precision: Precision) -> ModelHost:
+    """Return where a replica's models live."""
+    if config.serving.model_process:
+        return ModelProcess(config, precision)
+    return Models(Registry(store), config.serving, precision)
+
+
 @serve.deployment(name="slot")
 class Slot:
     """Holds the candidate of the rollout, isolated from the fronts."""
@@ -126,19 +142,15 @@ class Slot:
         self._config = config_from(config_tree)
         store = open_store(self._config.store)
         self._desk = ReleaseDesk(store, time.time)
-        self._warm = WarmVersions(
-            Registry(store),
-            self._config.serving,
-            now_s=time.time,
-            precision=self._config.serving.slot.precision,
-        )
+        host = model_host(self._config, store, self._config.serving.slot.precision)
+        self._warm = WarmVersions(host, self._config.serving, now_s=time.time)
         self._controller = controller
         self._slot_id = str(uuid7(time.time()))
         self._follower = asyncio.create_task(self._follow())
 
     async def ask(self, version: str, image: CleanImage) -> VersionAnswer:
         """Answer with `version`, which must be warm."""
-        return await self._warm.get(version).answer(SentImage.already(image))
+        return await self._warm.get(version).answer(SentImage.of(image))
 
     async def _follow(self) -> None:
         while True:
@@ -195,6 +207,7 @@ class FrontDeployment:
             self._config,
             self._store,
             self._secrets,
+            model_host(self._config, self._store, self._config.serving.front.precision),
             _SlotClient(slot),
             _ControllerClient(controller),
             now_s=time.time,
@@ -285,7 +298,7 @@ class FrontDeployment:
         label = self._label(body.get("label"))
         await self._front.record_feedback(request_id, label, user)
         stable = self._front.stable
-        known = stable is not None and label in stable.class_names
+        known = stable is not None and label in stable.model.class_names
         return {"status": "recorded", "request_id": request_id, "new_class_proposal": not known}
 
     @http.post("/examples", status_code=202, tags=["feedback"])
@@ -344,7 +357,7 @@ class FrontDeployment:
     async def v2_model(self, name: str, version: str | None = None) -> dict[str, Any]:
         """Model metadata."""
         stable = self._v2_version(name, version)
-        shape = [-1, stable.image_size, stable.image_size, stable.channels]
+        shape = [-1, stable.model.image_size, stable.model.image_size, stable.model.channels]
         return {
             "name": name,
             "versions": [stable.version],
@@ -354,7 +367,7 @@ class FrontDeployment:
                 {
                     "name": PROBABILITIES,
                     "datatype": "FP32",
-                    "shape": [-1, len(stable.class_names)],
+                    "shape": [-1, len(stable.model.class_names)],
                 },
                 {"name": CLASS, "datatype": "BYTES", "shape": [-1]},
             ],

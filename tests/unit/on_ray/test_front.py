@@ -32,15 +32,15 @@ from lifelong_ray.feedback import (
     read_predictions,
     take_snapshot,
 )
-from lifelong_ray.on_ray import warm
+from lifelong_ray.on_ray import models
 from lifelong_ray.on_ray.front import (
     Front,
     NoVersionError,
-    VersionAnswer,
     clean_label,
     clean_reason,
 )
-from lifelong_ray.release import Arm, Experiment, ReleaseDesk, Rollout
+from lifelong_ray.on_ray.models import Models, VersionAnswer
+from lifelong_ray.release import Arm, Experiment, Registry, ReleaseDesk, Rollout
 from lifelong_ray.types import (
     BadImageError,
     BadRequestIdError,
@@ -144,6 +144,7 @@ async def running(
         config or settings(),
         store,
         SECRETS,
+        Models(Registry(store), (config or settings()).serving),
         slot,
         book,
         now_s=time.time,
@@ -321,7 +322,7 @@ def test_the_override_asks_for_a_variant(store: MemoryStore) -> None:
 # -- the candidate in the front -------------------------------------------------------------
 
 
-class Breakable(warm.Predictor):
+class Breakable(models.Predictor):
     """A model that can be made to fail."""
 
     broken: bool = False
@@ -336,7 +337,7 @@ def test_a_candidate_that_fails_in_process_costs_no_answer_and_counts_once(
     store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_version(store, wrong=True)
-    monkeypatch.setattr(warm, "Predictor", Breakable)
+    monkeypatch.setattr(models, "Predictor", Breakable)
     monkeypatch.setattr(Breakable, "broken", False)
 
     async def play(scene: Scene) -> None:
@@ -750,7 +751,16 @@ def test_a_front_goes_on_following_after_a_heartbeat_failed(store: MemoryStore) 
     async def play() -> None:
         book = Flaky()
         slot = FakeSlot(candidates_answer)
-        front = Front(settings(), store, SECRETS, slot, book, now_s=time.time, rng=random.Random(0))
+        front = Front(
+            settings(),
+            store,
+            SECRETS,
+            Models(Registry(store), settings().serving),
+            slot,
+            book,
+            now_s=time.time,
+            rng=random.Random(0),
+        )
         await front.start()
         try:
             await until(lambda: len(book.reports) > 10)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import pytest
 
 from lifelong_ray.config import Config, Precision
-from lifelong_ray.on_ray import warm
+from lifelong_ray.on_ray import models
+from lifelong_ray.on_ray.models import Models
 from lifelong_ray.on_ray.warm import WarmVersions
 from lifelong_ray.release import Registry
 from lifelong_ray.types import LearningError
@@ -32,9 +33,8 @@ def held(
     store: MemoryStore, config: Config, precision: Precision, versions: Sequence[str] = ("v1",)
 ) -> WarmVersions:
     async def load() -> WarmVersions:
-        warmed = WarmVersions(
-            Registry(store), config.serving, now_s=lambda: 0.0, precision=precision
-        )
+        host = Models(Registry(store), config.serving, precision)
+        warmed = WarmVersions(host, config.serving, now_s=lambda: 0.0)
         warmed.hold(versions)
         await warmed.settled()
         return warmed
@@ -85,13 +85,13 @@ def test_a_version_that_cannot_answer_in_a_precision_here_answers_in_fp32(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    class Unable(warm.Predictor):
+    class Unable(models.Predictor):
         def __init__(self, source, device, precision="fp32"):
             if precision == "bf16":
                 raise LearningError("not on this machine")
             super().__init__(source, device, precision)
 
-    monkeypatch.setattr(warm, "Predictor", Unable)
+    monkeypatch.setattr(models, "Predictor", Unable)
 
     with caplog.at_level(logging.WARNING):
         precisions = held(*proven, "bf16").precisions
@@ -105,12 +105,12 @@ def test_a_version_warms_up_with_what_it_remembers_alone_and_in_a_full_batch(
 ) -> None:
     asked = []
 
-    class Watched(warm.Predictor):
+    class Watched(models.Predictor):
         def predict(self, images):
             asked.append((len(images), int(images.max())))
             return super().predict(images)
 
-    monkeypatch.setattr(warm, "Predictor", Watched)
+    monkeypatch.setattr(models, "Predictor", Watched)
 
     held(*proven, "fp32")
 

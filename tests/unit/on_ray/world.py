@@ -15,7 +15,7 @@ from lifelong_ray.datasets import LabelledImages
 from lifelong_ray.feedback import CleanImage
 from lifelong_ray.fitting import fit_alone
 from lifelong_ray.learning import Calibration, Learner, Light, build_model
-from lifelong_ray.on_ray.warm import VersionAnswer
+from lifelong_ray.on_ray.models import VersionAnswer
 from lifelong_ray.release import FrontReport, Registry, ReleaseDesk, ReleaseDocument
 from lifelong_ray.storage import Store
 from lifelong_ray.types import Json, Pixels

@@ -1,0 +1,218 @@
+"""Models in a process of their own: the same answers, and what happens when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lifelong_ray.config import Config
+from lifelong_ray.feedback import SentImage, encode_png, load_secrets
+from lifelong_ray.on_ray.front import Front
+from lifelong_ray.on_ray.model_process import ModelProcess
+from lifelong_ray.on_ray.models import Models, VersionAnswer
+from lifelong_ray.release import Registry
+from lifelong_ray.storage import open_store
+from lifelong_ray.types import BadImageError, ModelHostGoneError, VersionError
+from tests.unit.on_ray.world import (
+    CLASSES,
+    FakeSlot,
+    ReportBook,
+    make_image,
+    settings,
+    train_base,
+    until,
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    made = settings(
+        store={"url": str(tmp_path_factory.mktemp("store"))},
+        serving={"cache_bytes": 100_000, "max_batch": 8},
+    )
+    train_base(open_store(made.store), made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def host(config: Config) -> Iterator[ModelProcess]:
+    """A process that others may kill; `load` starts it again."""
+    process = ModelProcess(config, "fp32")
+    yield process
+    process.close()
+
+
+def sent(name: str, config: Config, seed: int = 0) -> SentImage:
+    png = encode_png(make_image(name, np.random.default_rng(seed)))
+    return SentImage(png, "image/png", config.images)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def wait_for_the_end_of(pid: int) -> None:
+    deadline_s = time.monotonic() + 10
+    while is_alive(pid):
+        assert time.monotonic() < deadline_s, f"process {pid} goes on"
+        time.sleep(0.05)
+
+
+def test_answers_are_those_of_the_same_models_in_this_process(
+    config: Config, host: ModelProcess
+) -> None:
+    here = Models(Registry(open_store(config.store)), config.serving)
+    assert host.load("v1") == here.load("v1")
+
+    images = [sent(name, config) for name in CLASSES]
+    pixels = SentImage.of(make_image("top", np.random.default_rng(9)))
+    answers = host.answer("v1", [*images, pixels])
+
+    expected = here.answer("v1", [*(sent(name, config) for name in CLASSES), pixels])
+    for answer, alike in zip(answers, expected, strict=True):
+        assert isinstance(answer, VersionAnswer)
+        assert isinstance(alike, VersionAnswer)
+        assert answer.class_name == alike.class_name
+        assert answer.probabilities == pytest.approx(alike.probabilities, abs=1e-6)
+        assert answer.model_ms > 0
+    # What was decoded over there need not be decoded again.
+    assert all(image.is_clean for image in images)
+    assert [i.clean().content_hash for i in images] == [
+        sent(name, config).clean().content_hash for name in CLASSES
+    ]
+    [again] = host.answer("v1", [sent("top", config)])
+    assert isinstance(again, VersionAnswer)
+    assert again.cached
+
+
+def test_what_is_wrong_with_one_image_is_told_about_it_alone(
+    config: Config, host: ModelProcess
+) -> None:
+    host.load("v1")
+    bad = SentImage(b"no image", None, config.images)
+
+    first, second = host.answer("v1", [bad, sent("low", config, seed=4)])
+
+    assert isinstance(first, BadImageError)
+    assert (first.code, first.status) == ("not_an_image", 400)
+    assert isinstance(second, VersionAnswer)
+    assert second.class_name == "low"
+
+
+def test_an_unknown_version_cannot_be_loaded_and_harms_nothing(
+    config: Config, host: ModelProcess
+) -> None:
+    host.load("v1")
+    with pytest.raises(VersionError, match="v9"):
+        host.load("v9")
+    [answer] = host.answer("v1", [sent("low", config)])
+    assert isinstance(answer, VersionAnswer)
+
+
+def test_a_killed_process_says_so_and_the_next_load_starts_another(
+    config: Config, host: ModelProcess
+) -> None:
+    host.load("v1")
+    killed = host.pid
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
+
+    with pytest.raises(ModelHostGoneError):
+        host.answer("v1", [sent("low", config)])
+    with pytest.raises(ModelHostGoneError):
+        host.answer("v1", [sent("low", config)])
+
+    host.load("v1")
+    assert host.pid not in (None, killed)
+    [answer] = host.answer("v1", [sent("low", config)])
+    assert isinstance(answer, VersionAnswer)
+
+
+def test_a_front_whose_models_are_killed_answers_again_by_itself(
+    config: Config, host: ModelProcess
+) -> None:
+    store = open_store(config.store)
+
+    async def play() -> None:
+        front = Front(
+            config,
+            store,
+            load_secrets(store, {}),
+            host,
+            FakeSlot(RuntimeError("not asked")),
+            ReportBook(),
+            now_s=time.time,
+            rng=random.Random(0),
+        )
+        await front.start()
+        try:
+            assert (await front.answer(sent("low", config), key="k")).answer.class_name == "low"
+            assert host.pid is not None
+            os.kill(host.pid, signal.SIGKILL)
+            with pytest.raises(ModelHostGoneError):
+                await front.answer(sent("low", config, seed=2), key="k")
+
+            async def answers() -> bool:
+                try:
+                    await front.answer(sent("low", config, seed=3), key="k")
+                except ModelHostGoneError:
+                    return False
+                return True
+
+            deadline_s = time.monotonic() + 30
+            while not await answers():
+                assert time.monotonic() < deadline_s
+                await asyncio.sleep(0.05)
+            await until(lambda: front.status()["warm_versions"] == ["v1"])
+        finally:
+            front.close()
+
+    asyncio.run(play())
+
+
+def test_the_process_ends_with_the_one_that_started_it(config: Config) -> None:
+    program = f"""
+import sys, time
+from lifelong_ray.config import config_from
+from lifelong_ray.on_ray.model_process import ModelProcess
+host = ModelProcess(config_from({config.model_dump(mode="json")!r}), "fp32")
+host.load("v1")
+print(host.pid, flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert is_alive(child)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    wait_for_the_end_of(child)
+
+
+def test_closing_ends_the_process_and_may_be_done_twice(config: Config) -> None:
+    host = ModelProcess(config, "fp32")
+    host.close()
+    host.load("v1")
+    pid = host.pid
+    assert pid is not None
+
+    host.close()
+    host.close()
+
+    assert not is_alive(pid)
+    with pytest.raises(ModelHostGoneError):
+        host.answer("v1", [sent("low", config)])
