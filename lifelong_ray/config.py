@@ -689,7 +689,12 @@ class ServingConfig(_Branch):
         "HTTP: the most requests per second, for the memory of one more process.",
     )
     max_batch: int = Field(32, gt=0, description="Images per forward pass.")
-    batch_wait_s: float = Field(0.002, ge=0, description="Longest wait for a fuller batch.")
+    batch_wait_s: float = Field(
+        0.0,
+        ge=0,
+        description="How long a request waits for company; without it, batches are of what came "
+        "while the model was busy.",
+    )
     max_queue: int = Field(512, gt=0, description="Images waiting; beyond it 429.")
     poll_interval_s: PositiveSeconds = Field(0.25, description="How often the document is read.")
     slot_timeout_s: PositiveSeconds = Field(

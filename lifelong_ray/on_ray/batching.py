@@ -8,15 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from time import perf_counter
 from typing import Generic, TypeVar
 
 from lifelong_ray.types import OverloadedError
 
 Q = TypeVar("Q")
 A = TypeVar("A")
-
-_QUIET_S = 0.0003  # Nothing new for so long: the burst is over.
 
 
 class Batcher(Generic[Q, A]):
@@ -66,23 +63,13 @@ class Batcher(Generic[Q, A]):
 
     async def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._waiting:
-            await self._gather()
+            if len(self._waiting) < self._max_batch and self._wait_s > 0:
+                await asyncio.sleep(self._wait_s)
             batch = self._waiting[: self._max_batch]
             del self._waiting[: self._max_batch]
             wanted = [entry for entry in batch if not entry[1].done()]
             if wanted:
                 await self._answer_batch(loop, wanted)
-
-    async def _gather(self) -> None:
-        began_s = last_s = perf_counter()
-        so_far = len(self._waiting)
-        while so_far < self._max_batch:
-            await asyncio.sleep(0)
-            now_s = perf_counter()
-            if len(self._waiting) > so_far:
-                so_far, last_s = len(self._waiting), now_s
-            if now_s - last_s >= _QUIET_S or now_s - began_s >= self._wait_s:
-                return
 
     async def _answer_batch(
         self, loop: asyncio.AbstractEventLoop, batch: list[tuple[Q, asyncio.Future[A]]]
