@@ -12,11 +12,12 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lifelong_ray.feedback.identity import uuid7
-from lifelong_ray.feedback.images import decode_png, encode_png
+from lifelong_ray.feedback.images import decode_png
 from lifelong_ray.types import Comparison, DataError, Feedback, Pixels, Prediction
 
 RowStream = Literal["predictions", "feedback", "comparisons"]
@@ -36,7 +37,15 @@ _SCHEMAS = {
     record: pa.schema([(f.name, _ARROW[str(f.type)]) for f in fields(record)])
     for record in (Prediction, Feedback, Comparison)
 }
-_IMAGES = pa.schema([("content_hash", pa.string()), ("png", pa.binary())])
+_SIDES = ("height", "width", "channels")
+_IMAGES = pa.schema(
+    [
+        ("content_hash", pa.string()),
+        *((side, pa.int32()) for side in _SIDES),
+        ("less_above", pa.binary()),
+    ]
+)
+_IMAGES_AS_PNG = pa.schema([("content_hash", pa.string()), ("png", pa.binary())])
 
 
 def hour_prefix(stream: Stream, at_s: float) -> str:
@@ -80,9 +89,19 @@ def rows_from_bytes(data: bytes, record: type[T]) -> Iterator[T]:
 
 
 def images_to_bytes(images: Mapping[str, Pixels]) -> bytes:
-    """Serialise images by content hash."""
-    pngs = [encode_png(pixels) for pixels in images.values()]
-    return _to_bytes(pa.table({"content_hash": list(images), "png": pngs}, schema=_IMAGES))
+    """Serialise images by content hash.
+
+    Every row of pixels is stored less the row above it, which is mostly near zero, and compressed
+    with the file: as small as PNG, for a tenth of the time.
+    """
+    columns: dict[str, list[Any]] = {"content_hash": list(images), "less_above": []}
+    for pixels in images.values():
+        less_above = pixels.copy()
+        less_above[1:] -= pixels[:-1]  # modulo 256
+        columns["less_above"].append(less_above.tobytes())
+    shapes = [pixels.shape for pixels in images.values()]
+    columns |= {side: [shape[i] for shape in shapes] for i, side in enumerate(_SIDES)}
+    return _to_bytes(pa.table(columns, schema=_IMAGES), dictionary=False)
 
 
 def images_from_bytes(data: bytes, wanted: set[str]) -> dict[str, Pixels]:
@@ -91,21 +110,35 @@ def images_from_bytes(data: bytes, wanted: set[str]) -> dict[str, Pixels]:
     Raises:
         DataError: If the file is damaged.
     """
-    hashes, pngs = _from_bytes(data, _IMAGES)
     try:
-        return {
-            str(name): decode_png(bytes(png))
-            for name, png in zip(hashes, pngs, strict=True)
-            if name in wanted
-        }
+        if "png" in _column_names(data):  # as files of version 0.1 have them
+            hashes, pngs = _from_bytes(data, _IMAGES_AS_PNG)
+            found = zip(hashes, pngs, strict=True)
+            return {str(name): decode_png(bytes(png)) for name, png in found if name in wanted}
+        rows = zip(*_from_bytes(data, _IMAGES), strict=True)
+        return {str(name): _pixels(*row) for name, *row in rows if name in wanted}
     except (OSError, ValueError) as error:
         raise DataError(f"an image of the file is damaged: {error}") from None
 
 
-def _to_bytes(table: pa.Table) -> bytes:
+def _pixels(height: int, width: int, channels: int, less_above: bytes) -> Pixels:
+    rows = np.frombuffer(less_above, np.uint8).reshape(height, width, channels)
+    return np.add.accumulate(rows, axis=0, dtype=np.uint8)
+
+
+def _to_bytes(table: pa.Table, *, dictionary: bool = True) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    pq.write_table(
+        table, sink, compression="zstd", write_page_checksum=True, use_dictionary=dictionary
+    )
     return bytes(sink.getvalue().to_pybytes())
+
+
+def _column_names(data: bytes) -> list[str]:
+    try:
+        return list(pq.read_schema(pa.BufferReader(data)).names)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"not a whole Parquet file of the log: {error}") from None
 
 
 def _from_bytes(data: bytes, schema: pa.Schema) -> list[list[Any]]:
