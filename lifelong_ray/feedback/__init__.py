@@ -15,6 +15,7 @@ from lifelong_ray.feedback.identity import (
 )
 from lifelong_ray.feedback.images import (
     CleanImage,
+    PreparedImage,
     SentImage,
     content_hash,
     decode_image,
@@ -41,6 +42,7 @@ __all__ = [
     "LogStats",
     "LogTail",
     "LogWriter",
+    "PreparedImage",
     "RequestIds",
     "Rows",
     "Secrets",

@@ -30,7 +30,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _HASHED_ALONE = 2_047  # Bytes that hashlib hashes without letting other threads run.
-_QUICK_BYTES = 4_096  # About a thumbnail's: decoded in some 0.1 ms.
+_QUICK_BYTES = 32_768  # Of an encoded image that is decoded in about a millisecond.
+_QUICK_PIXEL_BYTES = 1_000_000
 _OTHER_MIME = {"JPEG": ("image/jpg", "image/pjpeg"), "BMP": ("image/x-ms-bmp", "image/x-bmp")}
 
 
@@ -163,38 +164,41 @@ class CleanImage:
 
 
 class SentImage:
-    """An image as it was sent: made clean once, wherever that is needed first.
+    """An image as it was sent: worked on once, wherever that is needed first.
 
     Attributes:
-        data: Its bytes, unchecked; empty where there were pixels from the start.
+        data: Its bytes, unchecked; empty where pixels were sent.
         content_type: What the sender says they are.
     """
 
-    __slots__ = ("_clean", "_limits", "content_type", "data")
+    __slots__ = ("_clean", "_input", "_limits", "_pixels", "content_type", "data")
 
     def __init__(self, data: bytes, content_type: str | None, limits: ImageConfig) -> None:
         """Take unchecked bytes; see `decode_image`."""
         self.data = data
         self.content_type = content_type
         self._limits = limits
+        self._pixels: Pixels | None = None
         self._clean: CleanImage | None = None
+        self._input: NDArray[np.uint8] | None = None
 
     @classmethod
     def of(cls, pixels: Pixels | CleanImage) -> SentImage:
         """Take pixels, which need no decoding."""
         image = cls(b"", None, ImageConfig())
-        image._clean = pixels if isinstance(pixels, CleanImage) else CleanImage.of(pixels)
+        if isinstance(pixels, CleanImage):
+            image._clean, pixels = pixels, pixels.pixels
+        image._pixels = pixels
         return image
 
     @property
-    def is_clean(self) -> bool:
-        """Whether there are pixels already."""
-        return self._clean is not None
-
-    @property
-    def is_slow(self) -> bool:
-        """Whether to make it clean takes longer than to hand it to another thread."""
-        return self._clean is None and len(self.data) > _QUICK_BYTES
+    def is_quick(self) -> bool:
+        """Whether there is little to do yet, less than other images should wait for."""
+        if self._input is not None:
+            return True
+        if self._pixels is not None:
+            return self._pixels.nbytes <= _QUICK_PIXEL_BYTES
+        return len(self.data) <= _QUICK_BYTES
 
     def clean(self) -> CleanImage:
         """Return its pixels and their name.
@@ -203,12 +207,59 @@ class SentImage:
             BadImageError: If it is not an acceptable image.
         """
         if self._clean is None:
-            self._clean = CleanImage.of(decode_image(self.data, self.content_type, self._limits))
+            if self._pixels is None:
+                self._pixels = decode_image(self.data, self.content_type, self._limits)
+            self._clean = CleanImage.of(self._pixels)
         return self._clean
 
     def become(self, clean: CleanImage) -> None:
         """Take what another process has made of it."""
-        self._clean = clean
+        self._clean, self._pixels = clean, clean.pixels
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether `clean` has nothing left to do."""
+        return self._clean is not None
+
+    @property
+    def content_hash(self) -> str:
+        """The name of its pixels; raises as `clean` does."""
+        return self.clean().content_hash
+
+    def model_input(self, size: int, channels: int) -> NDArray[np.uint8]:
+        """Return what a model of this size takes; see `to_model_input`.
+
+        Raises:
+            BadImageError: If it is not an acceptable image.
+        """
+        if self._input is None or self._input.shape != (channels, size, size):
+            self._input = to_model_input(self.clean().pixels, size, channels)
+        return self._input
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """What a model needs of an image whose pixels stay where they are.
+
+    Attributes:
+        content_hash: The name of its pixels.
+        prepared: As `to_model_input` gives it.
+    """
+
+    content_hash: str
+    prepared: NDArray[np.uint8]
+
+    def model_input(self, size: int, channels: int) -> NDArray[np.uint8]:
+        """Return what was prepared.
+
+        Raises:
+            ValueError: If it was prepared for another model.
+        """
+        if self.prepared.shape != (channels, size, size):
+            raise ValueError(
+                f"the image was prepared as {self.prepared.shape}, not {(channels, size, size)}"
+            )
+        return self.prepared
 
 
 def content_hash(pixels: Pixels) -> str:

@@ -194,7 +194,6 @@ class Front:
                 or "no version is released yet; run train_job.py --base to make the first"
             )
         assignment = assign(document, key, override)
-        await _each([self._in_thread(image.clean) for image in images if image.is_slow])
         self._count_assigned(document, assignment, len(images), by_chance=not user)
         variant, answers = await self._ask_assigned(document, assignment, images)
         return [
@@ -355,7 +354,7 @@ class Front:
         )
         if in_process and version in self._warm.names:
             return await self._ask_held(version, image)
-        clean = await self._in_thread(image.clean)
+        clean = image.clean() if image.is_clean else await self._in_thread(image.clean)
         timeout_s = self._config.serving.slot_timeout_s
         asked = asyncio.wait_for(self._slot.ask(version, clean), timeout_s)
         return await self._counted(version, asked)

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from lifelong_ray.config import Config, ImageConfig, Precision, config_from
-from lifelong_ray.feedback import CleanImage, SentImage
+from lifelong_ray.feedback import CleanImage, PreparedImage, SentImage
 from lifelong_ray.on_ray.models import Loaded, Models, VersionAnswer
 from lifelong_ray.release import Registry
 from lifelong_ray.storage import open_store
@@ -30,7 +30,7 @@ from lifelong_ray.types import ModelHostGoneError
 logger = logging.getLogger(__name__)
 
 _END_S = 5.0
-_Wire = tuple[bytes, str | None] | CleanImage
+_Wire = tuple[bytes, str | None] | PreparedImage
 
 
 class ModelProcess:
@@ -46,6 +46,7 @@ class ModelProcess:
         self._lock = threading.Lock()  # guards which process it is
         self._lines: tuple[_Line, _Line] | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._loaded: dict[str, Loaded] = {}
 
     @property
     def pid(self) -> int | None:
@@ -64,6 +65,7 @@ class ModelProcess:
             assert self._lines is not None
             line = self._lines[1]
         loaded: Loaded = self._ask(line, "load", version)
+        self._loaded[version] = loaded
         return loaded
 
     def forget(self, version: str) -> None:
@@ -81,10 +83,7 @@ class ModelProcess:
         lines = self._lines
         if lines is None:
             raise ModelHostGoneError("the process of the models is being started again")
-        sent = [
-            image.clean() if image.is_clean else (image.data, image.content_type)
-            for image in images
-        ]
+        sent = [self._wired(version, image) for image in images]
         found = self._ask(lines[0], "answer", version, sent)
         answers: list[VersionAnswer | Exception] = []
         for image, (answer, clean) in zip(images, found, strict=True):
@@ -92,6 +91,15 @@ class ModelProcess:
                 image.become(clean)
             answers.append(answer)
         return answers
+
+    def _wired(self, version: str, image: SentImage) -> _Wire:
+        """What the process has to know: bytes to decode, or what came of pixels that are here."""
+        if image.data and not image.is_clean:
+            return image.data, image.content_type
+        model = self._loaded[version]
+        return PreparedImage(
+            image.content_hash, image.model_input(model.image_size, model.channels)
+        )
 
     def close(self) -> None:
         """End the process."""
@@ -196,16 +204,13 @@ def _talk(line: Connection, models: Models, limits: ImageConfig) -> None:
 def _answered(
     models: Models, limits: ImageConfig, version: str, sent: list[_Wire]
 ) -> list[tuple[VersionAnswer | Exception, CleanImage | None]]:
-    images = [
-        SentImage.of(one) if isinstance(one, CleanImage) else SentImage(*one, limits)
-        for one in sent
-    ]
+    images = [one if isinstance(one, PreparedImage) else SentImage(*one, limits) for one in sent]
     found: list[tuple[VersionAnswer | Exception, CleanImage | None]] = []
     for answer, image in zip(models.answer(version, images), images, strict=True):
         if isinstance(answer, Exception):
             found.append((_sendable(answer), None))
         else:
-            found.append((answer, image.clean() if image.data else None))
+            found.append((answer, image.clean() if isinstance(image, SentImage) else None))
     return found
 
 

@@ -7,7 +7,7 @@ should, nor who asks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from time import perf_counter
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lifelong_ray.config import Precision, ServingConfig
-from lifelong_ray.feedback import CleanImage, SentImage, to_model_input
+from lifelong_ray.feedback import PreparedImage, SentImage
 from lifelong_ray.learning import (
     Answerer,
     Learner,
@@ -139,34 +139,39 @@ class Models:
         """Let go of everything."""
         self._held.clear()
 
-    def answer(self, version: str, images: list[SentImage]) -> list[VersionAnswer | Exception]:
+    def answer(
+        self, version: str, images: Sequence[SentImage | PreparedImage]
+    ) -> list[VersionAnswer | Exception]:
         """Answer a batch.
 
         What little there is to decode is decoded here too: with every trip to a thread a request
         waits for the interpreter, so that it makes one.
         """
         predictor, loaded = self._held[version]
-        found = [self._known(version, image) for image in images]
-        unknown = [image for image in found if isinstance(image, CleanImage)]
+        found = [self._known(version, loaded, image) for image in images]
+        unknown = [one for one in found if isinstance(one, PreparedImage)]
         made: Iterator[VersionAnswer | Exception]
         try:
             made = iter(self._asked(version, predictor, loaded, unknown) if unknown else [])
         except Exception as error:  # noqa: BLE001 - the others know their answer all the same
             made = iter([error] * len(unknown))
-        return [next(made) if isinstance(answer, CleanImage) else answer for answer in found]
+        return [next(made) if isinstance(one, PreparedImage) else one for one in found]
 
-    def _known(self, version: str, image: SentImage) -> VersionAnswer | Exception | CleanImage:
+    def _known(
+        self, version: str, loaded: Loaded, image: SentImage | PreparedImage
+    ) -> VersionAnswer | Exception | PreparedImage:
         try:
-            clean = image.clean()
+            name = image.content_hash
+            return self._cache.get(version, name) or PreparedImage(
+                name, image.model_input(loaded.image_size, loaded.channels)
+            )
         except Exception as error:  # noqa: BLE001 - belongs to who sent it
             return error
-        return self._cache.get(version, clean.content_hash) or clean
 
     def _asked(
-        self, version: str, predictor: Answerer, loaded: Loaded, images: list[CleanImage]
+        self, version: str, predictor: Answerer, loaded: Loaded, images: list[PreparedImage]
     ) -> list[VersionAnswer | Exception]:
-        size, channels = loaded.image_size, loaded.channels
-        batch = np.stack([to_model_input(image.pixels, size, channels) for image in images])
+        batch = np.stack([image.prepared for image in images])
         started = perf_counter()
         answers = predictor.predict(batch)
         model_ms = (perf_counter() - started) * 1_000

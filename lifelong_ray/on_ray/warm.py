@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,7 @@ from lifelong_ray.types import ModelHostGoneError, VersionError
 
 logger = logging.getLogger(__name__)
 
+_PREPARING = 4  # Large images decoded at a time.
 _RETRY_AFTER_S = 5.0
 _LINGER_S = 2.0  # Of a version that is not wanted: for requests that have chosen it already.
 
@@ -32,11 +33,14 @@ class WarmVersion:
     Attributes:
         version: Its name.
         model: What it takes and gives.
+        batcher: Where its images wait.
+        preparing: Where large ones are made ready for that.
     """
 
     version: str
     model: Loaded
     batcher: Batcher[SentImage, VersionAnswer]
+    preparing: Executor
 
     async def answer(self, image: SentImage) -> VersionAnswer:
         """Answer one image of any size.
@@ -45,6 +49,11 @@ class WarmVersion:
             BadImageError: If it is not an acceptable image.
             OverloadedError: If too many are waiting.
         """
+        if not image.is_quick:
+            # Not in its batch, which others share.
+            await asyncio.get_running_loop().run_in_executor(
+                self.preparing, image.model_input, self.model.image_size, self.model.channels
+            )
         return await self.batcher.answer(image)
 
 
@@ -64,6 +73,7 @@ class WarmVersions:
         self._failed_at_s: dict[str, float] = {}
         self.failures: dict[str, str] = {}
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load-version")
+        self._preparing = ThreadPoolExecutor(_PREPARING, thread_name_prefix="prepare")
         self._inference = ThreadPoolExecutor(1, thread_name_prefix="inference")
 
     @property
@@ -134,6 +144,7 @@ class WarmVersions:
                     wait_s=self._config.batch_wait_s,
                     max_queue=self._config.max_queue,
                 ),
+                self._preparing,
             )
             self.failures.pop(version, None)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the others go on

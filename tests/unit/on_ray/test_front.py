@@ -895,9 +895,9 @@ def test_bytes_are_decoded_within_the_configured_limits_off_the_event_loop(
         return decode_image(*args)
 
     monkeypatch.setattr("lifelong_ray.feedback.images.decode_image", watched)
-    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 1), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 1), dtype=np.uint8)
     large, small = encode_png(noise), encode_png(IMAGES["low"])
-    assert len(large) > 4_096 > len(small)
+    assert len(large) > 32_768 > len(small)
 
     async def play(scene: Scene) -> None:
         for png in (small, large):
