@@ -690,10 +690,10 @@ class ServingConfig(_Branch):
     )
     max_batch: int = Field(32, gt=0, description="Images per forward pass.")
     batch_wait_s: float = Field(
-        0.0,
+        0.01,
         ge=0,
-        description="How long a request waits for company; without it, batches are of what came "
-        "while the model was busy.",
+        description="Longest wait for a fuller batch, which is also never longer than a twentieth "
+        "of what the batch before took.",
     )
     max_queue: int = Field(512, gt=0, description="Images waiting; beyond it 429.")
     poll_interval_s: PositiveSeconds = Field(0.25, description="How often the document is read.")

@@ -30,6 +30,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _HASHED_ALONE = 2_047  # Bytes that hashlib hashes without letting other threads run.
+_THUMBNAIL_BYTES = 4_096
 _QUICK_BYTES = 32_768  # Of an encoded image that is decoded in about a millisecond.
 _QUICK_PIXEL_BYTES = 1_000_000
 _OTHER_MIME = {"JPEG": ("image/jpg", "image/pjpeg"), "BMP": ("image/x-ms-bmp", "image/x-bmp")}
@@ -121,9 +122,12 @@ def _pixels(image: Image.Image) -> Pixels:
         image = Image.new("RGBA", clear.size, "white")
         image.alpha_composite(clear)
     rgb = np.array(_in_mode(image, "RGB"))
-    if (rgb[..., 0] == rgb[..., 1]).all() and (rgb[..., 0] == rgb[..., 2]).all():
-        return np.ascontiguousarray(rgb[..., :1])
-    return rgb
+    # The first row tells most colour images, without a look at the rest.
+    return np.ascontiguousarray(rgb[..., :1]) if _is_grey(rgb[:1]) and _is_grey(rgb) else rgb
+
+
+def _is_grey(rgb: Pixels) -> bool:
+    return bool((rgb[..., 0] == rgb[..., 1]).all() and (rgb[..., 0] == rgb[..., 2]).all())
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -215,6 +219,11 @@ class SentImage:
     def become(self, clean: CleanImage) -> None:
         """Take what another process has made of it."""
         self._clean, self._pixels = clean, clean.pixels
+
+    @property
+    def is_worth_a_thread(self) -> bool:
+        """Whether another thread, which costs some 0.1 ms, would do what is left in less time."""
+        return self._clean is None and len(self.data) > _THUMBNAIL_BYTES
 
     @property
     def is_clean(self) -> bool:

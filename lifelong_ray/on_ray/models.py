@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cached_property
 from time import perf_counter
@@ -31,6 +32,8 @@ from lifelong_ray.release import Manifest, Registry
 from lifelong_ray.types import LearningError
 
 logger = logging.getLogger(__name__)
+
+_DECODING = 4  # Images of a batch decoded at a time.
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class Models:
         self._precision = precision
         self._held: dict[str, tuple[Answerer, Loaded]] = {}
         self._cache: AnswerCache[VersionAnswer] = AnswerCache(config.cache_bytes)
+        self._decoding = ThreadPoolExecutor(_DECODING, thread_name_prefix="decode")
         torch.set_num_threads(config.model_threads)
 
     def load(self, version: str) -> Loaded:
@@ -148,6 +152,14 @@ class Models:
         waits for the interpreter, so that it makes one.
         """
         predictor, loaded = self._held[version]
+        worth = [i for i in images if isinstance(i, SentImage) and i.is_worth_a_thread]
+        if len(worth) > 1:
+            wait(
+                [
+                    self._decoding.submit(i.model_input, loaded.image_size, loaded.channels)
+                    for i in worth
+                ]
+            )
         found = [self._known(version, loaded, image) for image in images]
         unknown = [one for one in found if isinstance(one, PreparedImage)]
         made: Iterator[VersionAnswer | Exception]

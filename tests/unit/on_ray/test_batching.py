@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -156,3 +157,24 @@ def test_a_batcher_that_is_let_go_leaves_no_task_behind(
 
     assert num_tasks == 1
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("model_s", "sizes"), [(0.1, [1, 2]), (0.0, [1, 1, 1])])
+def test_a_batch_waits_for_others_by_what_the_model_takes(
+    executor: ThreadPoolExecutor, model_s: float, sizes: list[int]
+) -> None:
+    model = Model()
+
+    def slow(numbers: list[int]) -> list[int | Exception]:
+        time.sleep(model_s)
+        return model(numbers)
+
+    async def ask_again_one_after_the_other() -> None:
+        batcher = make(executor, slow, wait_s=1.0)
+        await batcher.answer(1)
+        first = asyncio.create_task(batcher.answer(2))
+        await asyncio.sleep(0.0025)  # within the 5 ms that a batch of 100 ms is worth
+        await asyncio.gather(first, batcher.answer(3))
+
+    asyncio.run(ask_again_one_after_the_other())
+    assert model.batch_sizes == sizes
