@@ -189,7 +189,7 @@ class _ControllerClient:
 @serve.deployment(name="front")
 @serve.ingress(http)
 class FrontDeployment:
-    """Takes HTTP; answers with the stable version in its own process."""
+    """Takes HTTP; answers with the stable version, which each replica holds itself."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self,

@@ -3,10 +3,11 @@
 Pure functions of the document and of what was observed. Two controllers that see the same
 decide the same; one that starts anew goes on where another stopped. No clock, no files.
 
-A rollout passes through its steps (`shadow`, `setWeight`, `pause`); each needs the step
-before to be acknowledged by every live front and to have seen its requests, and capacity
-for its weight. After the last one the audit labels decide. Missing data holds a rollout;
-it neither promotes nor aborts.
+A rollout passes through its steps (`shadow`, `setWeight`, `pause`, `analysis`); each needs the
+step before to be acknowledged by every live front, to have seen its requests and to have come
+through its analysis, and capacity for its weight. After the last one the evidence decides: audit
+labels, or corrections where the configuration says so. Missing data holds a rollout; it neither
+promotes nor aborts.
 """
 
 from __future__ import annotations
