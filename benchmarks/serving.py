@@ -47,6 +47,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _PEERS = _ROOT / "benchmarks" / "peers"
 _START_S, _STOP_S = 180.0, 20.0
 _MARK = "LIFELONG_BENCHMARK"
+_LOOP = "torch"
 # Serve reads these when it starts; ours is run with them by `make serve`.
 _FAST_SERVE = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 
@@ -73,7 +74,8 @@ _RESNET = {"name": "benchmarks.models:resnet18", "image_size": 32, "channels": 3
 CASES = {
     "tiny-png": Case(_TINY, 32, "PNG"),
     "tiny-jpeg": Case(_TINY, 224, "JPEG"),
-    "resnet18-png": Case(_RESNET, 32, "PNG", threads=2),
+    "resnet18-png": Case(_RESNET, 32, "PNG"),
+    "resnet18-png-2": Case(_RESNET, 32, "PNG", threads=2),
 }
 
 
@@ -132,6 +134,9 @@ def main(
             config = _served(case, Path(folder))
             found: dict[str, Any] = {}
             for number in range(rounds):
+                speed = _torch_loop(case, config, seconds)
+                found.setdefault(_LOOP, {"images": []})["images"].append(speed)
+                print(f"{name}, round {number}, {_LOOP}: {speed:.0f} images/s", flush=True)
                 for server in wanted:
                     if reason := _missing(SERVERS[server]):
                         found[server] = {"skipped": reason}
@@ -227,6 +232,31 @@ def _request(server: Server, case: Case, body: bytes) -> bytes:
     return post(server.path, form, f"multipart/form-data; boundary={boundary}")
 
 
+def _torch_loop(case: Case, config: Config, seconds: float) -> float:
+    """Images/s of the model alone, in batches of 32, in a process of its own."""
+    program = _PEERS / "torch_loop.py"
+    printed = subprocess.run(
+        [sys.executable, str(program), str(seconds)],
+        env=_environ(case, config),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(printed.stdout)
+
+
+def _environ(case: Case, config: Config) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PEER_STORE": config.store.url,
+        "PEER_PORT": str(config.serving.port),
+        "PEER_THREADS": str(case.threads),
+        "PYTHONPATH": os.pathsep.join((str(_PEERS), str(_ROOT))),
+        "OMP_NUM_THREADS": str(case.threads),
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+    }
+
+
 @contextmanager
 def _running(server: Server, case: Case, config: Config, folder: Path) -> Iterator[int]:
     """Run a server as a process group; yields its port."""
@@ -244,17 +274,7 @@ def _running(server: Server, case: Case, config: Config, folder: Path) -> Iterat
     filled = {"port": port, "config": folder / "config.yaml", "ray_config": ray_config}
     python = _ROOT / server.environment / "bin" / "python"
     arguments = [str(python), *(word.format(**filled) for word in server.arguments)]
-    environ = {
-        **os.environ,
-        **dict(server.variables),
-        _MARK: mark,
-        "PEER_STORE": config.store.url,
-        "PEER_PORT": str(port),
-        "PEER_THREADS": str(case.threads),
-        "PYTHONPATH": os.pathsep.join((str(_PEERS), str(_ROOT))),
-        "OMP_NUM_THREADS": str(case.threads),
-        "RAY_SERVE_LOG_TO_STDERR": "0",
-    }
+    environ = {**_environ(case, config), **dict(server.variables), _MARK: mark}
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -334,6 +354,12 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
     """Medians over the rounds, by number of connections."""
     if "skipped" in found:
         return found
+    if "images" in found:
+        speeds = found["images"]
+        return {
+            "images_per_s": statistics.median(speeds),
+            "rounds_images_per_s": [round(speed, 1) for speed in speeds],
+        }
     rounds: list[dict[int, Load]] = found["rounds"]
     return {str(count): _median([loads[count] for loads in rounds]) for count in rounds[0]}
 
@@ -357,7 +383,7 @@ def _table(servers: dict[str, Any]) -> str:
     rows = [
         (server, count, its["requests_per_s"], its["p50_ms"], its["p99_ms"], its["errors"])
         for server, found in servers.items()
-        if "skipped" not in found
+        if "skipped" not in found and server != _LOOP
         for count, its in found.items()
     ]
     return table(("server", "connections", "requests/s", "p50, ms", "p99, ms", "errors"), rows)

@@ -692,8 +692,8 @@ class ServingConfig(_Branch):
     batch_wait_s: float = Field(
         0.01,
         ge=0,
-        description="Longest wait for a fuller batch, which is also never longer than a twentieth "
-        "of what the batch before took.",
+        description="Longest wait for a fuller batch, which is also never longer than 3 % of what "
+        "the batch before took.",
     )
     max_queue: int = Field(512, gt=0, description="Images waiting; beyond it 429.")
     poll_interval_s: PositiveSeconds = Field(0.25, description="How often the document is read.")

@@ -25,7 +25,12 @@ WAIT_S = 0.002
 
 
 class Model:
-    """Decodes images and answers batches of them, in one thread of this process."""
+    """Decodes images and answers batches of them, in one thread of this process.
+
+    Attributes:
+        size: Height and width of its input, pixels.
+        channels: Channels of its input.
+    """
 
     def __init__(self) -> None:
         store = open_store(StoreConfig(url=os.environ["PEER_STORE"]))
@@ -34,8 +39,9 @@ class Model:
         self._model = learner.model.eval().requires_grad_(False)
         self._temperature = learner.temperature
         self._names = learner.class_names
-        self._size = learner.model_config.image_size
-        self._mode = "RGB" if learner.model_config.channels == 3 else "L"
+        self.size = learner.model_config.image_size
+        self.channels = learner.model_config.channels
+        self._mode = "RGB" if self.channels == 3 else "L"
         torch.set_num_threads(int(os.environ.get("PEER_THREADS", "1")))
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
@@ -46,8 +52,8 @@ class Model:
     def fit(self, opened: Image.Image) -> NDArray[np.uint8]:
         """(C, H, W) of an image, which is decoded here."""
         image = opened.convert(self._mode)
-        if image.size != (self._size, self._size):
-            image = image.resize((self._size, self._size), Image.Resampling.BILINEAR)
+        if image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
     def predict(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:

@@ -16,7 +16,7 @@ from lifelong_ray.types import OverloadedError
 Q = TypeVar("Q")
 A = TypeVar("A")
 
-_WAITING_SHARE = 0.05
+_WAITING_SHARE = 0.03
 _LEAST_WAIT_S = 0.0005  # A shorter sleep is a long one: the event loop's clock ticks in ms.
 
 
@@ -24,7 +24,7 @@ class Batcher(Generic[Q, A]):
     """Collects what is asked until a batch is full or the first has waited long enough.
 
     While a batch is worked on the next one gathers. The first of a batch waits for others as
-    well, but a twentieth of the time that the batch before took at most: those who got their
+    well, but 3 % of the time that the batch before took at most: those who got their
     answers together tend to ask again together, and one batch of all costs less than two.
     """
 

@@ -50,7 +50,6 @@ from lifelong_ray.types import (
     OverloadedError,
     Prediction,
     ServingError,
-    VersionError,
 )
 
 logger = logging.getLogger(__name__)
@@ -337,11 +336,7 @@ class Front:
         return "stable", await _each([self._ask_held(stable, image) for image in images])
 
     async def _ask_held(self, version: str, image: SentImage) -> VersionAnswer:
-        try:
-            warm = self._warm.get(version)
-        except VersionError:
-            raise ModelHostGoneError(f"version {version} is being loaded again") from None
-        return await self._counted(version, warm.answer(image))
+        return await self._counted(version, self._warm.get(version).answer(image))
 
     async def _ask_candidate(
         self, document: ReleaseDocument, version: str, image: SentImage

@@ -138,7 +138,7 @@ class Slot:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, config_tree: dict[str, Any], controller: DeploymentHandle[Any]
     ) -> None:
-        """Begin to follow the release document."""
+        """Load what the release document names, so that nobody asks before, and follow it."""
         self._config = config_from(config_tree)
         store = open_store(self._config.store)
         self._desk = ReleaseDesk(store, time.time)
@@ -146,20 +146,25 @@ class Slot:
         self._warm = WarmVersions(host, self._config.serving, now_s=time.time)
         self._controller = controller
         self._slot_id = str(uuid7(time.time()))
+        await self._follow_once()
+        await self._warm.settled()
         self._follower = asyncio.create_task(self._follow())
 
     async def ask(self, version: str, image: CleanImage) -> VersionAnswer:
         """Answer with `version`, which must be warm."""
         return await self._warm.get(version).answer(SentImage.of(image))
 
+    async def _follow_once(self) -> None:
+        document, _ = await asyncio.to_thread(self._desk.read)
+        self._warm.hold({document.rollout.candidate} if document.rollout else set())
+        self._controller.report_slot.remote(
+            self._slot_id, time.time(), self._warm.names, dict(self._warm.failures)
+        )
+
     async def _follow(self) -> None:
         while True:
             try:
-                document, _ = await asyncio.to_thread(self._desk.read)
-                self._warm.hold({document.rollout.candidate} if document.rollout else set())
-                self._controller.report_slot.remote(
-                    self._slot_id, time.time(), self._warm.names, dict(self._warm.failures)
-                )
+                await self._follow_once()
             except Exception as error:  # noqa: BLE001 - a slot that stops following is lost
                 logger.warning("the release document could not be followed: %r", error)
             await asyncio.sleep(self._config.serving.poll_interval_s)

@@ -17,7 +17,7 @@ from lifelong_ray.config import Precision, ServingConfig
 from lifelong_ray.feedback import SentImage
 from lifelong_ray.on_ray.batching import Batcher
 from lifelong_ray.on_ray.models import Loaded, ModelHost, VersionAnswer
-from lifelong_ray.types import ModelHostGoneError, VersionError
+from lifelong_ray.types import ModelHostGoneError
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +90,15 @@ class WarmVersions:
         """Return a held version.
 
         Raises:
-            VersionError: If it is not in memory.
+            ModelHostGoneError: If it is not in memory, not yet or not any more, which says
+                nothing about the version.
         """
         try:
             return self._held[version]
         except KeyError:
-            raise VersionError(f"version {version} is not warm here; held: {self.names}") from None
+            raise ModelHostGoneError(
+                f"version {version} is not loaded here; held: {', '.join(self.names) or 'none'}"
+            ) from None
 
     def hold(self, wanted: Collection[str]) -> None:
         """Load what is wanted and missing, in the background; let go of the rest.

@@ -159,7 +159,7 @@ def test_a_batcher_that_is_let_go_leaves_no_task_behind(
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("model_s", "sizes"), [(0.1, [1, 2]), (0.0, [1, 1, 1])])
+@pytest.mark.parametrize(("model_s", "sizes"), [(0.2, [1, 2]), (0.0, [1, 1, 1])])
 def test_a_batch_waits_for_others_by_what_the_model_takes(
     executor: ThreadPoolExecutor, model_s: float, sizes: list[int]
 ) -> None:
@@ -173,7 +173,7 @@ def test_a_batch_waits_for_others_by_what_the_model_takes(
         batcher = make(executor, slow, wait_s=1.0)
         await batcher.answer(1)
         first = asyncio.create_task(batcher.answer(2))
-        await asyncio.sleep(0.0025)  # within the 5 ms that a batch of 100 ms is worth
+        await asyncio.sleep(0.0025)  # within the 6 ms that a batch of 200 ms is worth
         await asyncio.gather(first, batcher.answer(3))
 
     asyncio.run(ask_again_one_after_the_other())

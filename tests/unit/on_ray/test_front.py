@@ -44,6 +44,7 @@ from lifelong_ray.release import Arm, Experiment, Registry, ReleaseDesk, Rollout
 from lifelong_ray.types import (
     BadImageError,
     BadRequestIdError,
+    ModelHostGoneError,
     OverloadedError,
     StorageFullError,
 )
@@ -303,6 +304,17 @@ def test_an_overloaded_slot_is_not_an_error_of_its_version(store: MemoryStore) -
         assert await scene.counted("v1.1") is None
 
     run(play, store, slot=FakeSlot(OverloadedError("full")))
+
+
+def test_a_slot_that_is_still_loading_is_no_error_of_its_version(store: MemoryStore) -> None:
+    add_version(store)
+
+    async def play(scene: Scene) -> None:
+        await scene.change(rollout=rollout_of("v1.1", weight=20))
+        assert (await scene.answer(override="always")).variant == "stable"
+        assert await scene.counted("v1.1") is None
+
+    run(play, store, slot=FakeSlot(ModelHostGoneError("v1.1 is not loaded here")))
 
 
 def test_the_override_asks_for_a_variant(store: MemoryStore) -> None:
