@@ -9,6 +9,7 @@ the client must cost little, and the same for every server.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -173,3 +174,133 @@ def _whole_answer(received: bytes) -> tuple[int, bytes] | None:
     if b"transfer-encoding: chunked" in head:
         return (int(head[9:12]), body) if body.endswith(_LAST_CHUNK) else None
     return int(head[9:12]), body
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One request of a paced load.
+
+    Attributes:
+        due_s: When it was to be sent, by `time.perf_counter`.
+        latency_ms: From then until its answer was there; a wait for a free connection counts.
+        wrong: What was wrong with the answer; empty where it was good.
+    """
+
+    due_s: float
+    latency_ms: float
+    wrong: str
+
+
+class Pace:
+    """An open loop: requests come at their times, whether the server keeps up or not.
+
+    Answers are looked at when the load has ended, so that the client costs as little as it can.
+
+    Args:
+        port: On 127.0.0.1.
+        requests: Whole requests, as `post` makes them, sent in turn.
+        per_s: How many are sent each second.
+        connections: How many may be under way; more wait, and their waiting counts.
+        check: Given the body of a good answer, says what is wrong with it, or nothing.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        requests: Sequence[bytes],
+        *,
+        per_s: float,
+        connections: int = 64,
+        check: Callable[[bytes], str] | None = None,
+    ) -> None:
+        self._port = port
+        self._requests = cycle(requests)
+        self._gap_s = 1 / per_s
+        self._connections = connections
+        self._check = check
+        self._due: deque[float] = deque()
+        self._idle: list[_PacedConnection] = []
+        self._answers: list[tuple[float, float, int, bytes]] = []
+        self.sent: list[Sent] = []
+
+    async def run(self, until: Callable[[], bool]) -> None:
+        """Send until the time has come, and wait for the last answers."""
+        loop = asyncio.get_running_loop()
+        opened = [
+            await loop.create_connection(lambda: _PacedConnection(self), "127.0.0.1", self._port)
+            for _ in range(self._connections)
+        ]
+        due_s = perf_counter()
+        while not until():
+            now_s = perf_counter()
+            while due_s <= now_s:
+                self._due.append(due_s)
+                due_s += self._gap_s
+            while self._due and self._idle:
+                self._idle.pop().send(self._due.popleft())
+            await asyncio.sleep(0.001)
+        deadline_s = perf_counter() + 10.0
+        while (self._due or len(self._idle) < len(opened)) and perf_counter() < deadline_s:
+            await asyncio.sleep(0.01)
+        for transport, _ in opened:
+            transport.close()
+        self.sent = [self._judged(*answer) for answer in self._answers]
+        self._answers.clear()
+
+    def between(self, from_s: float, until_s: float) -> list[Sent]:
+        """What was due in a stretch of time."""
+        return [one for one in self.sent if from_s <= one.due_s < until_s]
+
+    def answered(
+        self, connection: _PacedConnection, due_s: float, status: int, body: bytes
+    ) -> None:
+        """Note an answer, and give its connection something to do."""
+        self._answers.append((due_s, perf_counter(), status, body))
+        if status == 0:
+            return
+        if self._due:
+            connection.send(self._due.popleft())
+        else:
+            self._idle.append(connection)
+
+    def ready(self, connection: _PacedConnection) -> None:
+        """Note a connection without a request."""
+        self._idle.append(connection)
+
+    def next_request(self) -> bytes:
+        """What is sent next."""
+        return next(self._requests)
+
+    def _judged(self, due_s: float, at_s: float, status: int, body: bytes) -> Sent:
+        wrong = "" if status == 200 else f"status {status}" if status else "connection lost"
+        if not wrong and self._check is not None:
+            wrong = self._check(body)
+        return Sent(due_s, (at_s - due_s) * 1_000, wrong)
+
+
+class _PacedConnection(asyncio.Protocol):
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._received = b""
+        self._due_s = 0.0
+        self._waits = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._pace.ready(self)
+
+    def send(self, due_s: float) -> None:
+        self._due_s, self._waits = due_s, True
+        self._transport.write(self._pace.next_request())
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        answer = _whole_answer(self._received)
+        if answer is not None:
+            self._received, self._waits = b"", False
+            self._pace.answered(self, self._due_s, *answer)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if self._waits:
+            self._pace.answered(self, self._due_s, 0, b"")

@@ -131,7 +131,7 @@ def main(
     for name in asked:
         case = CASES[name]
         with tempfile.TemporaryDirectory(prefix="lifelong-serving-") as folder:
-            config = _served(case, Path(folder))
+            config = served(case, Path(folder))
             found: dict[str, Any] = {}
             for number in range(rounds):
                 speed = _torch_loop(case, config, seconds)
@@ -162,7 +162,7 @@ def _missing(server: Server) -> str:
     return "" if python.exists() else f"{server.environment} is missing; make peers makes it"
 
 
-def _served(case: Case, folder: Path) -> Config:
+def served(case: Case, folder: Path, rollout: dict[str, Any] | None = None) -> Config:
     """Put a version of the case's model into a store of its own."""
     rng = np.random.default_rng(0)
     labels = ("low", "high") * 30
@@ -183,6 +183,7 @@ def _served(case: Case, folder: Path) -> Config:
                 "model_threads": case.threads,
                 "cache_bytes": 0,
             },
+            "rollout": rollout or {},
         }
     )
     store = open_store(config.store)
@@ -194,7 +195,7 @@ def _served(case: Case, folder: Path) -> Config:
     return config
 
 
-def _bodies(case: Case) -> list[bytes]:
+def bodies(case: Case) -> list[bytes]:
     """Some images, each encoded."""
     rng, bodies = np.random.default_rng(1), []
     for _ in range(64):
@@ -210,16 +211,16 @@ def _measured(
     server: Server, case: Case, config: Config, folder: Path, counts: list[int], seconds: float
 ) -> dict[int, Load]:
     """Start a server, ask it with so many connections one after another, and end it."""
-    requests = [_request(server, case, body) for body in _bodies(case)]
-    with _running(server, case, config, folder) as port:
-        _until_it_answers(port, requests[0])
+    requests = [request(server, case, body) for body in bodies(case)]
+    with running(server, case, config, folder) as port:
+        until_it_answers(port, requests[0])
         return {
             count: asyncio.run(drive(port, requests, connections=count, seconds=seconds))
             for count in counts
         }
 
 
-def _request(server: Server, case: Case, body: bytes) -> bytes:
+def request(server: Server, case: Case, body: bytes) -> bytes:
     kind = f"image/{case.encoding.lower()}"
     if not server.field:
         return post(server.path, body, kind)
@@ -258,7 +259,7 @@ def _environ(case: Case, config: Config) -> dict[str, str]:
 
 
 @contextmanager
-def _running(server: Server, case: Case, config: Config, folder: Path) -> Iterator[int]:
+def running(server: Server, case: Case, config: Config, folder: Path) -> Iterator[int]:
     """Run a server as a process group; yields its port."""
     port = config.serving.port
     mark = uuid.uuid4().hex
@@ -297,7 +298,7 @@ class ServerError(RuntimeError):
     """A server that does not serve."""
 
 
-def _until_it_answers(port: int, request: bytes) -> None:
+def until_it_answers(port: int, request: bytes) -> None:
     """Ask until a good answer comes.
 
     Raises:
