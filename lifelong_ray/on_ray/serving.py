@@ -51,6 +51,7 @@ from lifelong_ray.on_ray.front import (
     Served,
     clean_label,
     clean_reason,
+    each,
     top_k,
 )
 from lifelong_ray.on_ray.http import (
@@ -256,9 +257,8 @@ class FrontDeployment:
                 _, code, message = describe_error(error)
                 return {"error": {"code": code, "message": message, "request_id": ""}}
 
-        asked = asyncio.gather(*(one(upload) for upload in form.images))
-        answers = await within(asker.timeout_ms, asked)
-        return JSONResponse({"predictions": list(answers)})
+        asked = each([one(upload) for upload in form.images])
+        return JSONResponse({"predictions": await within(asker.timeout_ms, asked)})
 
     async def _answer(self, upload: Upload, asker: Asker) -> Served:
         try:
