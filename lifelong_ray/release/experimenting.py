@@ -37,6 +37,9 @@ def objection_to_experiment(document: ReleaseDocument, intent: Intent) -> str | 
         return "no version is stable yet; release a base version first"
     if running:
         return f"the experiment {running.id} is under way; end it first"
+    if document.experiment is not None:
+        # A second one in its place would leave the first without its result.
+        return f"the experiment {document.experiment.id} is being summed up; ask again in a second"
     if document.rollout is not None:
         return (
             f"the rollout of {document.rollout.candidate} is in progress; promote or abort it "

@@ -442,6 +442,22 @@ def test_a_rollout_may_be_asked_for_while_an_end_waits() -> None:
     assert after.rollout is not None
 
 
+def test_an_experiment_is_summed_up_before_another_may_start() -> None:
+    document = running()
+    first = experiment_of(document).id
+    intents = (a_wish("end_experiment"), a_wish("start_experiment", id="i2"))
+
+    after, events = looked(document.changed(intents=intents), a_front(document))
+
+    assert [event.what for event in events] == ["refused", "experiment_ended"]
+    assert f"{first} is being summed up" in events[0].why
+    ended = events[1].experiment
+    assert ended is not None
+    assert (ended.id, ended.ended_by) == (first, "ann")
+    assert ended.result is not None
+    assert objection(after, a_wish("start_experiment", id="i3")) is None
+
+
 def test_arms_are_records_of_the_document() -> None:
     document = running()
 
