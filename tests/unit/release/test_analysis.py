@@ -99,6 +99,15 @@ def test_an_analysis_comes_to_the_worst_of_its_metrics_and_says_why() -> None:
     assert outcome([], metrics)[0] == "Running"
 
 
+def test_looks_at_another_number_of_metrics_count_for_nothing() -> None:
+    failed = (MetricRun(failed=9),)
+    metrics = [metric(), metric()]
+
+    assert outcome(failed, metrics)[0] == "Running"
+    runs = measured(failed, metrics, {"error_share": 0.0}, began_s=0.0, now_s=1.0)
+    assert [(run.successful, run.failed) for run in runs] == [(1, 0), (1, 0)]
+
+
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=80),
     st.integers(1, 30),
