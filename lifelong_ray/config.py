@@ -535,6 +535,7 @@ class RolloutConfig(_Branch):
             StepConfig(setWeight=5),
             StepConfig(setWeight=20),
             StepConfig(setWeight=50),
+            StepConfig(setWeight=100),
         ),
         description="What happens in which order; after the last step the audit labels decide.",
     )

@@ -293,7 +293,7 @@ class _Decider:
             # Evidence pauses end by evidence only, or the phase would flicker.
             cause: PauseCause | None = "evidence" if rollout.paused_by == "evidence" else None
             return self._hold(waiting, cause=cause)
-        if promotion is None and not rollout.is_at_last_step:
+        if promotion is None and not rollout.is_at_last_step and not self._must_decide_now():
             return self._next_step()
         if self.evidence.decision != "not_inferior":
             return self._hold(self.evidence.reason, cause="evidence")
@@ -375,6 +375,12 @@ class _Decider:
             phase, why = outcome(self.rollout.in_step, step.analysis)
             return why if phase == "Running" else None
         return None
+
+    def _must_decide_now(self) -> bool:
+        """Whether the evidence could come no more: with all users there is nothing to compare."""
+        if self.config.evidence != "corrections" or self.evidence.decision == "not_inferior":
+            return False
+        return self.rollout.weight < 100 and _next_shares(self.rollout)[0] == 100
 
     def _next_step(self) -> ReleaseDocument:
         rollout = self.rollout
