@@ -161,6 +161,11 @@ def test_a_metric_that_decides_nothing_is_refused(more: dict[str, Any], told: st
         [{"shadow": 0.0}, {"setWeight": 5}],
         [{"setWeight": 5}, {"setWeight": 0}, {"pause": 1.0}],
         [{"analysis": [metric().model_dump()], "min_requests": 0}],
+        [
+            {"shadow": 1.0},
+            {"analysis": [metric(measure="correction_ratio").model_dump()], "min_requests": 0},
+            {"setWeight": 5},
+        ],
     ],
     ids=repr,
 )

@@ -836,6 +836,29 @@ def test_an_inconclusive_analysis_asks_and_resume_accepts_it() -> None:
     assert rollout_of(document).step_index == 2
 
 
+def test_resume_accepts_what_did_not_decide_and_nothing_that_is_still_to_come() -> None:
+    throughout = FEW_ERRORS | {"measure": "agreement", "successCondition": "result > 0.9"}
+    throughout |= {"failureCondition": "result < 0.1"}
+    config = ANY_ERRORS.model_copy(
+        update={"analysis": RolloutConfig.model_validate({"analysis": [throughout]}).analysis}
+    )
+    document = analysing(count=1)
+    front = a_front(document, requests=100, errors=20)
+    document, _ = advance(document, seeing(front), config)
+    assert (rollout_of(document).paused_by, rollout_of(document).undecided) == (
+        "analysis",
+        ("step",),
+    )
+
+    resumed, _ = advance(asked(document, "resume"), seeing(a_front(document)), config)
+    unsure = replace(seeing(a_front(resumed, requests=100, errors=20), now_s=1_010), agreement=0.5)
+    paused, _ = advance(resumed, unsure, config)
+
+    assert rollout_of(resumed).accepted == ("step",)
+    assert rollout_of(paused).paused_by == "analysis"
+    assert "agreement is 0.5" in rollout_of(paused).message
+
+
 def test_metrics_of_the_whole_rollout_are_measured_beside_its_steps() -> None:
     config = RolloutConfig.model_validate({"analysis": [FEW_ERRORS], "max_error_share": 1})
     document = at_step(1)
@@ -845,6 +868,22 @@ def test_metrics_of_the_whole_rollout_are_measured_beside_its_steps() -> None:
 
     assert whats(events) == ["aborted"]
     assert "error_share is 0.9" in events[-1].why
+
+
+def test_a_metric_that_was_never_measured_holds_a_promotion() -> None:
+    agreeing = FEW_ERRORS | {"measure": "agreement", "failureCondition": "result < 0.1"}
+    agreeing |= {"successCondition": "", "count": 9}
+    config = RolloutConfig.model_validate({"analysis": [agreeing]})
+    document = last_step()
+    seen = seeing(a_front(document, requests=100), pairs=GOOD)
+
+    held, _ = advance(document, seen, config)
+    promoted, events = advance(held, replace(seen, agreement=0.9), config)
+
+    assert held.stable == "v1"
+    assert rollout_of(held).message == "agreement: 0 of 9 measurements"
+    assert whats(events) == ["promoted"]
+    assert promoted.stable == "v1.1"
 
 
 def test_what_was_measured_is_in_the_document_for_whoever_goes_on() -> None:
