@@ -159,7 +159,11 @@ class Slot:
         document, _ = await asyncio.to_thread(self._desk.read)
         self._warm.hold({document.rollout.candidate} if document.rollout else set())
         self._controller.report_slot.remote(
-            self._slot_id, time.time(), self._warm.names, dict(self._warm.failures)
+            self._slot_id,
+            time.time(),
+            self._warm.names,
+            dict(self._warm.failures),
+            self._warm.precisions,
         )
 
     async def _follow(self) -> None:

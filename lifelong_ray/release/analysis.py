@@ -104,10 +104,7 @@ def measured(
 
 def outcome(runs: Sequence[MetricRun], metrics: Sequence[MetricConfig]) -> tuple[Outcome, str]:
     """What an analysis comes to, and why: the worst of its metrics; Running while one is."""
-    found = [
-        (run.outcome(metric), metric, run)
-        for run, metric in _with_runs(metrics, runs)
-    ]
+    found = [(run.outcome(metric), metric, run) for run, metric in _with_runs(metrics, runs)]
     for worst in ("Failed", "Inconclusive", "Running"):
         for phase, metric, run in found:
             if phase == worst:
