@@ -300,9 +300,8 @@ class _Decider:
         if self.evidence.decision != "not_inferior":
             return self._hold(self.evidence.reason, cause="evidence")
         unmeasured = self._unmeasured()
-        if unmeasured is not None:
-            return self._hold(unmeasured)
-        return self._promote_once_warm(self.evidence.reason)
+        promoting = self._promote_once_warm(self.evidence.reason)
+        return promoting if unmeasured is None else self._hold(unmeasured)
 
     def _reason_to_abort(self) -> str | None:
         step = self.rollout.step
