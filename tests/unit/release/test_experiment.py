@@ -271,7 +271,7 @@ def test_an_experiment_that_is_ended_says_by_whom_and_why() -> None:
 
     assert after.experiment is None
     assert [(event.what, event.who) for event in events] == [("experiment_ended", "ann")]
-    assert events[0].why == "experiment ended: curious"
+    assert (events[0].why, events[0].intent_id) == ("experiment ended: curious", "i1")
 
 
 def test_a_result_so_far_is_kept_at_every_interval_and_survives_a_front() -> None:
