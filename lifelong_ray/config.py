@@ -562,7 +562,7 @@ class RolloutConfig(_Branch):
     evidence: Literal["audit", "corrections"] = Field(
         "audit",
         description="What a promotion rests on: labels of the audit share, or, where nobody gives "
-        "any, how often users correct either version.",
+        "any, how often users correct either version in requests without a session.",
     )
     max_correction_ratio: float = Field(
         1.25,

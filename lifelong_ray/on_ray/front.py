@@ -195,8 +195,9 @@ class Front:
         assignment = assign(document, key, override)
         self._count_assigned(document, assignment, len(images), by_chance=not user)
         variant, answers = await self._ask_assigned(document, assignment, images)
+        sticky = bool(user) or len(images) > 1
         return [
-            self._log(document, assignment, variant, answer, image.clean(), user)
+            self._log(document, assignment, variant, answer, image.clean(), user, sticky=sticky)
             for answer, image in zip(answers, images, strict=True)
         ]
 
@@ -221,11 +222,19 @@ class Front:
         answer: VersionAnswer,
         image: CleanImage,
         user: str,
+        *,
+        sticky: bool,
     ) -> Served:
         audit = self._rng.random() < self._config.feedback.audit_share
         now_s = self._now_s()
         request_id = self._ids.issue(
-            now_s, answer.version, variant, answer.class_name, audit, chosen=assignment.chosen
+            now_s,
+            answer.version,
+            variant,
+            answer.class_name,
+            audit,
+            chosen=assignment.chosen,
+            sticky=sticky,
         )
         self.log.log_prediction(
             Prediction(

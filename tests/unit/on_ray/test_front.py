@@ -1057,3 +1057,16 @@ def test_where_one_of_several_fails_the_others_are_dropped() -> None:
     asyncio.run(play())
 
     assert given_up == [1, 2]
+
+
+def test_an_answer_tells_whether_it_shares_its_arm_with_others(store: MemoryStore) -> None:
+    async def play() -> list[bool]:
+        async with running(store) as scene:
+            alone = await scene.answer("top")
+            of_ada = await scene.answer("top", key="ada", user="ada")
+            images = [SentImage.of(image) for image in IMAGES.values()]
+            [first, *_] = await scene.front.answer_together(images, key="x")
+        verify = RequestIds(SECRETS.signing_key).verify
+        return [verify(one.request_id).sticky for one in (alone, of_ada, first)]
+
+    assert asyncio.run(play()) == [False, True, True]
