@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from lifelong_ray.config import Precision, ServingConfig
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _PREPARING = 4  # Large images decoded at a time.
 _RETRY_AFTER_S = 5.0
 _LONGEST_WAIT_S = 60.0
+_LOOK_EVERY_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class WarmVersion:
         model: What it takes and gives.
         batcher: Where its images wait.
         preparing: Where large ones are made ready for that.
+        waiting: One object for each answer that somebody waits for.
     """
 
     version: str
     model: Loaded
     batcher: Batcher[SentImage, VersionAnswer]
     preparing: Executor
+    waiting: set[object] = field(default_factory=set)
 
     async def answer(self, image: SentImage) -> VersionAnswer:
         """Answer one image of any size.
@@ -51,6 +54,20 @@ class WarmVersion:
             BadImageError: If it is not an acceptable image.
             OverloadedError: If too many are waiting.
         """
+        me = object()
+        self.waiting.add(me)
+        try:
+            return await self._answer(image)
+        finally:
+            self.waiting.discard(me)
+
+    async def idle(self) -> None:
+        """Wait until nobody waits for an answer and none is worked on."""
+        while self.waiting:
+            await asyncio.sleep(_LOOK_EVERY_S)
+        await self.batcher.idle()
+
+    async def _answer(self, image: SentImage) -> VersionAnswer:
         if not image.is_quick:
             # Not in its batch, which others share.
             await asyncio.get_running_loop().run_in_executor(
@@ -135,7 +152,7 @@ class WarmVersions:
         version = warm.version
         self._num_leaving[version] += 1
         await asyncio.sleep(self._linger_s)
-        await warm.batcher.idle()
+        await warm.idle()
         self._num_leaving[version] -= 1
         if self._num_leaving[version] or version in self._held or version in self._loading:
             return
@@ -192,5 +209,6 @@ class WarmVersions:
         try:
             return self._host.answer(version, images)
         except ModelHostGoneError:
-            self._host_gone = True  # and `hold` loads again what is wanted
+            if version in self._held:  # else it was let go, and the others are still there
+                self._host_gone = True  # and `hold` loads again what is wanted
             raise

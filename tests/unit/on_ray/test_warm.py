@@ -182,6 +182,27 @@ def test_a_version_that_is_let_go_still_answers_who_has_chosen_it() -> None:
     assert len(asyncio.run(play())) == 50
 
 
+def test_a_large_image_is_still_answered_by_a_version_that_goes_while_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host, may_decode = FakeHost(), threading.Event()
+    large = SentImage(b"x" * 1_000_000, None, settings().images)
+    monkeypatch.setattr(SentImage, "model_input", lambda *_: may_decode.wait(10))
+
+    async def play() -> VersionAnswer:
+        warmed = versions_of(host)
+        warmed.hold({"v1"})
+        await warmed.settled()
+        asked = asyncio.create_task(warmed.get("v1").answer(large))
+        await asyncio.sleep(0.02)
+        warmed.hold(())
+        await asyncio.sleep(0.1)
+        may_decode.set()
+        return await asked
+
+    assert asyncio.run(play()).version == "v1"
+
+
 def test_a_version_that_comes_and_goes_quickly_is_forgotten_once_nobody_wants_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
