@@ -509,10 +509,18 @@ def check_steps(steps: Sequence[StepConfig]) -> None:
     Raises:
         ValueError: If a step waits for what cannot come to a candidate that is asked nothing.
     """
-    weight, shadow = 0, 0.0
+    weight, shadow, compared = 0, 0.0, False
     for number, step in enumerate(steps, 1):
         weight = weight if step.setWeight is None else step.setWeight
         shadow = shadow if step.shadow is None else step.shadow
+        compared |= 0 < weight < 100
+        measures = {metric.measure for metric in step.analysis or ()}
+        if "correction_ratio" in measures and not compared:
+            raise ValueError(
+                f"step {number} can never end: it waits for a correction_ratio, but users correct "
+                "only answers that they see, and no setWeight between 1 and 99 lets them see those "
+                "of both versions before it"
+            )
         if weight or shadow:
             continue
         waits = step.min_requests and "its min_requests"
@@ -535,6 +543,7 @@ class RolloutConfig(_Branch):
             StepConfig(setWeight=5),
             StepConfig(setWeight=20),
             StepConfig(setWeight=50),
+            StepConfig(setWeight=100),
         ),
         description="What happens in which order; after the last step the audit labels decide.",
     )
@@ -553,7 +562,7 @@ class RolloutConfig(_Branch):
     evidence: Literal["audit", "corrections"] = Field(
         "audit",
         description="What a promotion rests on: labels of the audit share, or, where nobody gives "
-        "any, how often users correct either version.",
+        "any, how often users correct either version in requests without a session.",
     )
     max_correction_ratio: float = Field(
         1.25,

@@ -138,6 +138,8 @@ class ServedRequest:
         audit: Whether the answer belongs to the random audit share.
         at_s: Unix time of the answer, to the millisecond.
         chosen: Whether a header named the arm, so that the answer tells nothing about shares.
+        sticky: Whether it shares its arm with other images of a request or with all requests of a
+            session, so that many answers are one draw.
     """
 
     request_id: str
@@ -147,6 +149,7 @@ class ServedRequest:
     audit: bool
     at_s: float
     chosen: bool = False
+    sticky: bool = False
 
 
 @dataclass(frozen=True)

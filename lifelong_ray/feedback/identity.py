@@ -34,6 +34,7 @@ _AUDIT = 1
 _CANDIDATE = 2
 _ARM = 4  # of an experiment, which is called like its version
 _CHOSEN = 8
+_STICKY = 16
 
 
 def uuid7(now_s: float, random: bytes | None = None) -> uuid.UUID:
@@ -82,6 +83,7 @@ class RequestIds:
         random: bytes | None = None,
         *,
         chosen: bool = False,
+        sticky: bool = False,
     ) -> str:
         """Return the id of one answer.
 
@@ -93,13 +95,14 @@ class RequestIds:
             audit: Whether it belongs to the audit share.
             random: Ten bytes that make it unique; None draws them from the system.
             chosen: Whether a header named the arm.
+            sticky: Whether a session did, with all its other requests.
         """
         if variant not in {"stable", "candidate", version}:
             raise ValueError(
                 f"variant is {variant!r}; stable, candidate and the version are the variants"
             )
         flags = _AUDIT * audit | _CANDIDATE * (variant == "candidate") | _CHOSEN * chosen
-        flags |= _ARM * (variant not in {"stable", "candidate"})
+        flags |= _STICKY * sticky | _ARM * (variant not in {"stable", "candidate"})
         version_bytes, class_bytes = version.encode(), class_name.encode()
         if len(version_bytes) > 255 or len(class_bytes) > 1_000:
             raise ValueError(
@@ -162,6 +165,7 @@ def _said(request_id: str, body: bytes, at_s: float) -> ServedRequest:
         audit=bool(flags & _AUDIT),
         at_s=at_s,
         chosen=bool(flags & _CHOSEN),
+        sticky=bool(flags & _STICKY),
     )
 
 

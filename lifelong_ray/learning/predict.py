@@ -11,6 +11,7 @@ from typing import Protocol, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from lifelong_ray.config import Precision
 from lifelong_ray.learning.learner import Learner
@@ -78,6 +79,7 @@ class Predictor:
         class_names: The classes.
         precision: What it computes in.
         device: Where it computes.
+        channels_last: Whether images are laid out by pixel and then by channel.
         lowered_share: Share of the trained weights held in fewer than 32 bits; see
             `lower_precision`.
     """
@@ -96,8 +98,8 @@ class Predictor:
             source: Whose model; stays as it is.
             device: Where to answer.
             precision: What to compute in.
-            channels_last: Lay images out by pixel and then by channel, as convolutions are
-                fastest; without it, by channel and then by pixel.
+            channels_last: Lay images out by pixel and then by channel where the model has
+                convolutions, which are fastest so; else by channel and then by pixel.
 
         Raises:
             LearningError: If nothing of the model can be int8, and int8 it should be.
@@ -111,7 +113,9 @@ class Predictor:
         self.device = device
         self._device = torch.device(device)
         self._temperature = source.temperature
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        has_convolutions = any(isinstance(m, nn.Conv2d) for m in source.model.modules())
+        self.channels_last = channels_last and has_convolutions
+        self._layout = torch.channels_last if self.channels_last else torch.contiguous_format
         model = source.model.copy().to(self._device).to(memory_format=self._layout)
         self._model = model.eval().requires_grad_(False)
         self.lowered_share = lower_precision(self._model, precision, self._device)

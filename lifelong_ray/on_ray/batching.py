@@ -54,6 +54,8 @@ class Batcher(Generic[Q, A]):
             OverloadedError: If the queue is full; nothing was queued.
         """
         if len(self._waiting) >= self._max_queue:
+            self._drop_given_up()
+        if len(self._waiting) >= self._max_queue:
             raise OverloadedError(f"{self._max_queue} images are waiting; try again in a second")
         loop = asyncio.get_running_loop()
         if self._worker is None or self._worker.done():
@@ -72,13 +74,17 @@ class Batcher(Generic[Q, A]):
             wait_s = min(self._wait_s, _WAITING_SHARE * self._last_s)
             if len(self._waiting) < self._max_batch and wait_s >= _LEAST_WAIT_S:
                 await asyncio.sleep(wait_s)
+            self._drop_given_up()
             batch = self._waiting[: self._max_batch]
             del self._waiting[: self._max_batch]
-            wanted = [entry for entry in batch if not entry[1].done()]
-            if wanted:
+            if batch:
                 began_s = perf_counter()
-                await self._answer_batch(loop, wanted)
+                await self._answer_batch(loop, batch)
                 self._last_s = perf_counter() - began_s
+
+    def _drop_given_up(self) -> None:
+        """Give the places of those who do not wait any more to those who do."""
+        self._waiting = [entry for entry in self._waiting if not entry[1].done()]
 
     async def _answer_batch(
         self, loop: asyncio.AbstractEventLoop, batch: list[tuple[Q, asyncio.Future[A]]]

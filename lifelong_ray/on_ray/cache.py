@@ -15,7 +15,7 @@ _VALUE_BYTES = 32  # A Python float in a tuple.
 
 
 class AnswerCache(Generic[A]):
-    """Keeps answers of any kind; one belongs to one event loop."""
+    """Keeps answers of any kind; used by one thread at a time."""
 
     def __init__(self, max_bytes: int) -> None:
         """Keep so many bytes of answers, about; 0 keeps none."""

@@ -195,8 +195,9 @@ class Front:
         assignment = assign(document, key, override)
         self._count_assigned(document, assignment, len(images), by_chance=not user)
         variant, answers = await self._ask_assigned(document, assignment, images)
+        sticky = bool(user) or len(images) > 1
         return [
-            self._log(document, assignment, variant, answer, image.clean(), user)
+            self._log(document, assignment, variant, answer, image.clean(), user, sticky=sticky)
             for answer, image in zip(answers, images, strict=True)
         ]
 
@@ -221,11 +222,19 @@ class Front:
         answer: VersionAnswer,
         image: CleanImage,
         user: str,
+        *,
+        sticky: bool,
     ) -> Served:
         audit = self._rng.random() < self._config.feedback.audit_share
         now_s = self._now_s()
         request_id = self._ids.issue(
-            now_s, answer.version, variant, answer.class_name, audit, chosen=assignment.chosen
+            now_s,
+            answer.version,
+            variant,
+            answer.class_name,
+            audit,
+            chosen=assignment.chosen,
+            sticky=sticky,
         )
         self.log.log_prediction(
             Prediction(
@@ -325,7 +334,7 @@ class Front:
         if assignment.variant != "stable":
             candidate = assignment.version
             try:
-                return assignment.variant, await _each(
+                return assignment.variant, await each(
                     [self._ask_candidate(document, candidate, image) for image in images]
                 )
             except BadImageError:
@@ -333,7 +342,7 @@ class Front:
             except Exception as error:  # noqa: BLE001 - whatever it is, stable answers instead
                 logger.warning("version %s did not answer: %r", candidate, error)
         stable = str(document.stable)
-        return "stable", await _each([self._ask_held(stable, image) for image in images])
+        return "stable", await each([self._ask_held(stable, image) for image in images])
 
     async def _ask_held(self, version: str, image: SentImage) -> VersionAnswer:
         return await self._counted(version, self._warm.get(version).answer(image))
@@ -465,11 +474,16 @@ def _added(counts: tuple[int, ...], arm: int, number: int) -> tuple[int, ...]:
     return (*counts[:arm], counts[arm] + number, *counts[arm + 1 :])
 
 
-async def _each(asked: Sequence[Awaitable[T]]) -> list[T]:
-    """Wait for all; one alone needs no task of its own."""
+async def each(asked: Sequence[Awaitable[T]]) -> list[T]:
+    """Wait for all; where one fails the others are dropped, as nobody waits for them any more."""
     if len(asked) == 1:
-        return [await asked[0]]
-    return list(await asyncio.gather(*asked))
+        return [await asked[0]]  # needs no task of its own
+    tasks = [asyncio.ensure_future(one) for one in asked]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def clean_label(label: object) -> str:

@@ -37,6 +37,7 @@ from lifelong_ray.types import (
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_MOST_DIGITS = 18  # Of a length in bytes.
 
 _STATUS_AND_CODE: tuple[tuple[type[LifelongError], int, str], ...] = (
     (BadRequestIdError, 404, "unknown_request_id"),
@@ -228,17 +229,21 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
 
 def _bounded_receive(request: Request, max_bytes: int) -> Any:
     declared = request.headers.get("content-length", "0")
-    seen = int(declared) if declared.isdecimal() and int(declared) > max_bytes else 0
-    if seen:
+    # Python makes no number of thousands of digits.
+    if declared.isdecimal() and (len(declared) > _MOST_DIGITS or int(declared) > max_bytes):
         raise BadImageError(
             "body_too_large",
-            f"the body has {seen} bytes; at most {max_bytes} are taken",
+            f"the body has {declared:.40} bytes; at most {max_bytes} are taken",
             status=413,
         )
+    seen = 0
 
     async def receive() -> Message:
         nonlocal seen
         message = await request.receive()
+        if message["type"] == "http.disconnect":
+            # Not the server's failure, as Starlette's own exception would be told.
+            raise RequestError(400, "disconnected", "the client left before its body was there")
         seen += len(message.get("body", b""))
         if seen > max_bytes:
             raise BadImageError("body_too_large", f"the body exceeds {max_bytes} bytes", status=413)
@@ -276,6 +281,8 @@ def answer_to_error(request: Request, error: Exception) -> Response:
     if status == 500:
         logger.error("request to %s failed", request.url.path, exc_info=error)
     headers = {"retry-after": "1"} if status in (429, 503) else {}
+    # What a message quotes may hold what JSON's bytes cannot.
+    message = message.encode("utf-8", "backslashreplace").decode()
     if request.url.path.startswith("/v2"):
         return JSONResponse({"error": message}, status, headers=headers)
     body = {

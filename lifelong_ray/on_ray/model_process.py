@@ -72,7 +72,7 @@ class ModelProcess:
         """Let go of a version."""
         lines = self._lines
         if lines is not None:
-            self._ask(lines[0], "forget", version)
+            self._ask(lines[1], "forget", version)
 
     def answer(self, version: str, images: list[SentImage]) -> list[VersionAnswer | Exception]:
         """Answer a batch.
@@ -116,7 +116,15 @@ class ModelProcess:
         for end in theirs:
             end.close()
         answering, loading = (_Line(Connection(end.detach())) for end in ours)
-        loading.ask(self._config.model_dump(mode="json"), self._precision)
+        try:
+            loading.ask(self._config.model_dump(mode="json"), self._precision)
+        except (EOFError, OSError):
+            process = self._process
+            self._end()
+            raise ModelHostGoneError(
+                f"the process of the models ended as it started, with exit code "
+                f"{process.returncode}; its output has the reason"
+            ) from None
         self._lines = answering, loading
 
     def _end(self) -> None:

@@ -29,7 +29,7 @@ from lifelong_ray.learning import (
 )
 from lifelong_ray.on_ray.cache import AnswerCache
 from lifelong_ray.release import Manifest, Registry
-from lifelong_ray.types import LearningError
+from lifelong_ray.types import LearningError, ModelHostGoneError
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,12 @@ class Models:
 
         What little there is to decode is decoded here too: with every trip to a thread a request
         waits for the interpreter, so that it makes one.
+
+        Raises:
+            ModelHostGoneError: If the version is not held, as in a process that was started anew.
         """
+        if version not in self._held:
+            raise ModelHostGoneError(f"version {version} is not held here; it is loaded again")
         predictor, loaded = self._held[version]
         worth = [i for i in images if isinstance(i, SentImage) and i.is_worth_a_thread]
         if len(worth) > 1:

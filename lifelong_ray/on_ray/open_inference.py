@@ -29,6 +29,7 @@ HEADER_LENGTH = "inference-header-content-length"
 EXTENSIONS = ("binary_tensor_data",)
 INPUT, PROBABILITIES, CLASS = "image", "probabilities", "class"
 _OUTPUTS = (PROBABILITIES, CLASS)
+_MOST_DIGITS = 18  # Of a length in bytes.
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def decompressed(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
         raise RequestError(400, "bad_encoding", f"the body is not {encoding}: {error}") from None
     if len(plain) > max_bytes:
         raise RequestError(413, "body_too_large", f"the body becomes larger than {max_bytes} bytes")
+    if stream.unused_data:
+        raise RequestError(400, "bad_encoding", f"something follows the end of the {encoding} body")
     if not stream.eof:
         raise RequestError(400, "bad_encoding", f"the {encoding} body is cut short")
     return plain
@@ -168,7 +171,9 @@ def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], byte
     """The JSON object, and what follows it where that is said."""
     length = len(body)
     if header_length is not None:
-        if not header_length.isdecimal() or int(header_length) > len(body):
+        # Python makes no number of thousands of digits.
+        is_length = header_length.isdecimal() and len(header_length) <= _MOST_DIGITS
+        if not is_length or int(header_length) > len(body):
             raise RequestError(
                 400,
                 "bad_header_length",
@@ -218,6 +223,9 @@ def _wanted(request: dict[str, Any]) -> tuple[tuple[str, bool], ...]:
             raise RequestError(
                 400, "unknown_output", f"no output {name!r:.80}; there are {', '.join(_OUTPUTS)}"
             )
+        if any(name == known for known, _ in wanted):
+            # A small request could ask for an answer of any size.
+            raise RequestError(400, "bad_outputs", f"the output {name!r} is asked for twice")
         choice = its.get("binary_data", by_default) if isinstance(its, dict) else by_default
         wanted.append((name, choice is True))
     return tuple(wanted)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ray import serve
 
-from lifelong_ray.config import Config, config_from
+from lifelong_ray.config import Config, Precision, config_from
 from lifelong_ray.feedback import LogTail, read_request_id, uuid7
 from lifelong_ray.on_ray.arms import ArmLabels
 from lifelong_ray.release import (
@@ -55,6 +55,7 @@ class _SlotReport:
     at_s: float
     warm: tuple[str, ...]
     failures: Mapping[str, str]
+    precisions: Mapping[str, Precision]
 
 
 class Evidence:
@@ -136,6 +137,9 @@ class Controller:
     def take_front_report(self, report: FrontReport) -> None:
         """Remember the latest heartbeat of a front."""
         with self._lock:
+            known = self._fronts.get(report.front_id)
+            if known is not None and known.at_s > report.at_s:
+                return  # overtaken on its way; counts only grow
             self._fronts[report.front_id] = report
             for split, by_arm in report.assigned.items():
                 self._assigned[report.front_id, split] = by_arm
@@ -146,10 +150,11 @@ class Controller:
         at_s: float,
         warm: tuple[str, ...],
         failures: Mapping[str, str] | None = None,
+        precisions: Mapping[str, Precision] | None = None,
     ) -> None:
-        """Remember the latest heartbeat of a slot."""
+        """Remember the latest heartbeat of a slot, and what its versions answer in."""
         with self._lock:
-            self._slots[slot_id] = _SlotReport(at_s, warm, failures or {})
+            self._slots[slot_id] = _SlotReport(at_s, warm, failures or {}, precisions or {})
 
     def tick(self) -> None:
         """Look once, and carry out what `advance` says."""
@@ -174,7 +179,7 @@ class Controller:
         """What was seen lately, for operators."""
         with self._lock:
             fronts = [report.front_id for report in self._live_fronts()]
-            slots = [asdict(slot) for slot in self._slots.values()]
+            slots = [asdict(slot) for slot in self._live_slots()]
         evidence = self._evidence
         return {
             "holder": self.holder,
@@ -201,10 +206,8 @@ class Controller:
             corrections = self._evidence[1].corrections
         tallies = self._tallied(experiment)
         with self._lock:
-            fresh_s = self._now_s() - self._config.rollout.heartbeat_timeout_s
             slot_ready = rollout is not None and any(
-                slot.at_s >= fresh_s and rollout.candidate in slot.warm
-                for slot in self._slots.values()
+                rollout.candidate in slot.warm for slot in self._live_slots()
             )
             return Observation(
                 now_s=self._now_s(),
@@ -236,6 +239,12 @@ class Controller:
             pooled[split.weights] = tuple(a + b for a, b in zip(before, by_arm, strict=True))
         return pooled
 
+    def _live_slots(self) -> tuple[_SlotReport, ...]:
+        fresh_s = self._now_s() - self._config.rollout.heartbeat_timeout_s
+        for slot_id in [s for s, report in self._slots.items() if report.at_s < fresh_s]:
+            del self._slots[slot_id]
+        return tuple(self._slots.values())
+
     def _live_fronts(self) -> tuple[FrontReport, ...]:
         fresh_s = self._now_s() - self._config.rollout.heartbeat_timeout_s
         for front_id in [f for f, report in self._fronts.items() if report.at_s < fresh_s]:
@@ -265,10 +274,15 @@ class RolloutController:
         self._controller.take_front_report(report)
 
     def report_slot(
-        self, slot_id: str, at_s: float, warm: tuple[str, ...], failures: dict[str, str]
+        self,
+        slot_id: str,
+        at_s: float,
+        warm: tuple[str, ...],
+        failures: dict[str, str],
+        precisions: dict[str, Precision],
     ) -> None:
         """Take a slot's heartbeat."""
-        self._controller.take_slot_report(slot_id, at_s, warm, failures)
+        self._controller.take_slot_report(slot_id, at_s, warm, failures, precisions)
 
     def status(self) -> dict[str, Any]:
         """What was seen lately."""

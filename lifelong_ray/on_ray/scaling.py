@@ -79,9 +79,10 @@ class FollowingPolicy:
         return min(max(wanted, low, self._floor), max(high, self._floor)), state
 
     def _follow(self, config: Config) -> None:
-        desk = ReleaseDesk(open_store(config.store), self._clock)
+        desk: ReleaseDesk | None = None
         while True:
             try:
+                desk = desk or ReleaseDesk(open_store(config.store), self._clock)
                 document, _ = desk.read()
                 self._floor = 0 if document.rollout is None else 1
             except Exception as error:  # noqa: BLE001 - a thread that ends would never wake the slot

@@ -51,6 +51,7 @@ from lifelong_ray.on_ray.front import (
     Served,
     clean_label,
     clean_reason,
+    each,
     top_k,
 )
 from lifelong_ray.on_ray.http import (
@@ -85,7 +86,7 @@ from lifelong_ray.on_ray.rollout import RolloutController
 from lifelong_ray.on_ray.scaling import autoscaling
 from lifelong_ray.on_ray.schedule import submit_update
 from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
-from lifelong_ray.on_ray.wishes import experiment_intent
+from lifelong_ray.on_ray.wishes import experiment_intent, steering_intent
 from lifelong_ray.release import FrontReport, Intent, Registry, ReleaseDesk
 from lifelong_ray.storage import Store, open_store
 from lifelong_ray.types import BadImageError, NotFoundError, ServingError
@@ -158,7 +159,11 @@ class Slot:
         document, _ = await asyncio.to_thread(self._desk.read)
         self._warm.hold({document.rollout.candidate} if document.rollout else set())
         self._controller.report_slot.remote(
-            self._slot_id, time.time(), self._warm.names, dict(self._warm.failures)
+            self._slot_id,
+            time.time(),
+            self._warm.names,
+            dict(self._warm.failures),
+            self._warm.precisions,
         )
 
     async def _follow(self) -> None:
@@ -256,9 +261,8 @@ class FrontDeployment:
                 _, code, message = describe_error(error)
                 return {"error": {"code": code, "message": message, "request_id": ""}}
 
-        asked = asyncio.gather(*(one(upload) for upload in form.images))
-        answers = await within(asker.timeout_ms, asked)
-        return JSONResponse({"predictions": list(answers)})
+        asked = each([one(upload) for upload in form.images])
+        return JSONResponse({"predictions": await within(asker.timeout_ms, asked)})
 
     async def _answer(self, upload: Upload, asker: Asker) -> Served:
         try:
@@ -539,21 +543,7 @@ class FrontDeployment:
         if verb not in verbs:
             raise RequestError(404, "unknown_verb", f"{verb} is not one of {', '.join(verbs)}")
         body = await read_json(request)
-        force = body.get("force", False)
-        if set(body) - {"reason", "force"} or (force and verb != "promote"):
-            raise RequestError(
-                422, "bad_request", f"{verb} takes a reason, and only promote a force"
-            )
-        return await self._request(
-            Intent(
-                id=str(uuid7(time.time())),
-                verb=verb,
-                actor="operator",
-                reason=self._reason(body),
-                at_s=time.time(),
-                force=bool(force),
-            )
-        )
+        return await self._request(steering_intent(verb, body, self._reason(body), time.time()))
 
     async def _request(self, intent: Intent) -> dict[str, Any]:
         await self._front.in_thread(self._front.desk.request, intent)

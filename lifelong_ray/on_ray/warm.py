@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 
 from lifelong_ray.config import Precision, ServingConfig
@@ -23,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 _PREPARING = 4  # Large images decoded at a time.
 _RETRY_AFTER_S = 5.0
-_LINGER_S = 2.0  # Of a version that is not wanted: for requests that have chosen it already.
+_LONGEST_WAIT_S = 60.0
+_LOOK_EVERY_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class WarmVersion:
         model: What it takes and gives.
         batcher: Where its images wait.
         preparing: Where large ones are made ready for that.
+        waiting: One object for each answer that somebody waits for.
     """
 
     version: str
     model: Loaded
     batcher: Batcher[SentImage, VersionAnswer]
     preparing: Executor
+    waiting: set[object] = field(default_factory=set)
 
     async def answer(self, image: SentImage) -> VersionAnswer:
         """Answer one image of any size.
@@ -49,6 +54,20 @@ class WarmVersion:
             BadImageError: If it is not an acceptable image.
             OverloadedError: If too many are waiting.
         """
+        me = object()
+        self.waiting.add(me)
+        try:
+            return await self._answer(image)
+        finally:
+            self.waiting.discard(me)
+
+    async def idle(self) -> None:
+        """Wait until nobody waits for an answer and none is worked on."""
+        while self.waiting:
+            await asyncio.sleep(_LOOK_EVERY_S)
+        await self.batcher.idle()
+
+    async def _answer(self, image: SentImage) -> VersionAnswer:
         if not image.is_quick:
             # Not in its batch, which others share.
             await asyncio.get_running_loop().run_in_executor(
@@ -61,16 +80,29 @@ class WarmVersions:
     """Keeps the wanted versions in memory; loads in the background, one at a time."""
 
     def __init__(
-        self, host: ModelHost, config: ServingConfig, *, now_s: Callable[[], float]
+        self,
+        host: ModelHost,
+        config: ServingConfig,
+        *,
+        now_s: Callable[[], float],
+        linger_s: float = 2.0,
     ) -> None:
+        """Take the host of the models.
+
+        A version that is not wanted any more stays for `linger_s` seconds, for requests that have
+        chosen it already.
+        """
+        self._linger_s = linger_s
         self._host = host
         self._config = config
         self._now_s = now_s
         self._held: dict[str, WarmVersion] = {}
         self._host_gone = False
-        self._leaving: dict[str, asyncio.Task[None]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._num_leaving: Counter[str] = Counter()  # one version may be let go twice in a row
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._failed_at_s: dict[str, float] = {}
+        self._retry_at_s: dict[str, float] = {}
+        self._num_deaths: Counter[str] = Counter()  # of the host while it loaded a version
         self.failures: dict[str, str] = {}
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load-version")
         self._preparing = ThreadPoolExecutor(_PREPARING, thread_name_prefix="prepare")
@@ -109,19 +141,25 @@ class WarmVersions:
             self._host_gone = False
             self._held.clear()
         for version in set(self._held) - set(wanted):
-            self._leaving[version] = asyncio.create_task(self._let_go(self._held.pop(version)))
+            leaving = asyncio.create_task(self._let_go(self._held.pop(version)))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
         for version in set(wanted) - set(self._held) - set(self._loading):
-            failed_at_s = self._failed_at_s.get(version)
-            if failed_at_s is None or self._now_s() - failed_at_s > _RETRY_AFTER_S:
+            if self._now_s() >= self._retry_at_s.get(version, 0.0):
                 self._loading[version] = asyncio.create_task(self._load(version))
 
     async def _let_go(self, warm: WarmVersion) -> None:
-        await asyncio.sleep(_LINGER_S)
-        await warm.batcher.idle()
-        del self._leaving[warm.version]
-        if warm.version not in self._held and warm.version not in self._loading:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._inference, self._host.forget, warm.version)
+        version = warm.version
+        self._num_leaving[version] += 1
+        await asyncio.sleep(self._linger_s)
+        await warm.idle()
+        self._num_leaving[version] -= 1
+        if self._num_leaving[version] or version in self._held or version in self._loading:
+            return
+        loop = asyncio.get_running_loop()
+        # Where it would be loaded, so that a load that is asked for now comes after.
+        with suppress(ModelHostGoneError):  # which forgot everything
+            await loop.run_in_executor(self._loader, self._host.forget, version)
 
     async def settled(self) -> None:
         """Wait until nothing is loading any more."""
@@ -129,7 +167,7 @@ class WarmVersions:
 
     def close(self) -> None:
         """Let go of everything."""
-        for task in self._leaving.values():
+        for task in self._leaving:
             task.cancel()
         self._host.close()
 
@@ -150,16 +188,27 @@ class WarmVersions:
                 self._preparing,
             )
             self.failures.pop(version, None)
+            self._num_deaths.pop(version, None)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the others go on
-            self._failed_at_s[version] = self._now_s()
+            # What was held is gone with the host, whether or not anybody asks for it.
+            self._host_gone |= isinstance(error, ModelHostGoneError)
+            self._retry_at_s[version] = self._now_s() + self._wait_s(version, error)
             self.failures[version] = str(error) or repr(error)
             logger.error("version %s cannot be served: %s", version, error)
         finally:
             del self._loading[version]
 
+    def _wait_s(self, version: str, error: Exception) -> float:
+        """Seconds until a version is tried again; more for one that takes the others with it."""
+        if not isinstance(error, ModelHostGoneError):
+            return _RETRY_AFTER_S
+        self._num_deaths[version] += 1
+        return min(_RETRY_AFTER_S * 2.0 ** (self._num_deaths[version] - 1), _LONGEST_WAIT_S)
+
     def _answer(self, version: str, images: list[SentImage]) -> list[VersionAnswer | Exception]:
         try:
             return self._host.answer(version, images)
         except ModelHostGoneError:
-            self._host_gone = True  # and `hold` loads again what is wanted
+            if version in self._held:  # else it was let go, and the others are still there
+                self._host_gone = True  # and `hold` loads again what is wanted
             raise

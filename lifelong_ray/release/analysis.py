@@ -89,30 +89,35 @@ def measured(
     """Return the runs after a look at those metrics that are due.
 
     Args:
-        runs: One per metric; none before the first look.
+        runs: One per metric; none before the first look. Runs of another number of metrics, as
+            after a change of the settings, count for nothing.
         metrics: What is measured.
         values: What there is to measure now; None and missing where there is nothing yet.
         began_s: When the analysis began.
         now_s: Unix time.
     """
-    before = runs or [MetricRun()] * len(metrics)
     return tuple(
         _looked(run, metric, values.get(metric.measure), began_s, now_s)
-        for run, metric in zip(before, metrics, strict=True)
+        for run, metric in _with_runs(metrics, runs)
     )
 
 
 def outcome(runs: Sequence[MetricRun], metrics: Sequence[MetricConfig]) -> tuple[Outcome, str]:
     """What an analysis comes to, and why: the worst of its metrics; Running while one is."""
-    found = [
-        (run.outcome(metric), metric, run)
-        for run, metric in zip(runs or [MetricRun()] * len(metrics), metrics, strict=True)
-    ]
+    found = [(run.outcome(metric), metric, run) for run, metric in _with_runs(metrics, runs)]
     for worst in ("Failed", "Inconclusive", "Running"):
         for phase, metric, run in found:
             if phase == worst:
                 return phase, _told(phase, metric, run)
     return "Successful", f"{len(metrics)} metric{'s' * (len(metrics) != 1)} successful"
+
+
+def _with_runs(
+    metrics: Sequence[MetricConfig], runs: Sequence[MetricRun]
+) -> list[tuple[MetricRun, MetricConfig]]:
+    """Each metric with its looks; without any if the metrics are others than those looked at."""
+    known = runs if len(runs) == len(metrics) else [MetricRun()] * len(metrics)
+    return list(zip(known, metrics, strict=True))
 
 
 def _looked(

@@ -128,7 +128,8 @@ def count_corrections(
 
     Args:
         corrected: Answers that a label contradicts, each once. Those whose version a header chose
-            do not count: their odds are not the weight's.
+            do not count: their odds are not the weight's. Neither do those of sessions: one user
+            who corrects twenty answers is one toss, not twenty.
         weights: Unix time from which the candidate had which weight, in order.
     """
     since = [at_s for at_s, _ in weights]
@@ -136,7 +137,7 @@ def count_corrections(
     for request in corrected:
         place = bisect_right(since, request.at_s) - 1
         weight = weights[place][1] if place >= 0 else 0
-        if 0 < weight < 100 and not request.chosen:
+        if 0 < weight < 100 and not request.chosen and not request.sticky:
             of_candidate = request.variant == "candidate"
             counts.setdefault(weight, [0, 0])[0 if of_candidate else 1] += 1
     return Corrections({weight: (c, s) for weight, (c, s) in counts.items()})

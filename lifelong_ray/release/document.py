@@ -118,6 +118,7 @@ class Rollout(Record):
         weights: Unix time from which the candidate had which weight, in order.
         in_step: The looks at the metrics of the step in force.
         throughout: Those at the metrics of the whole rollout.
+        undecided: Analyses that do not decide, which pause it until an operator accepts them.
         accepted: Analyses that did not decide and that an operator accepted: `step` until the
             step ends, `rollout`.
         promotion: An operator's wish to promote without the remaining steps.
@@ -142,6 +143,7 @@ class Rollout(Record):
     weights: tuple[tuple[float, int], ...] = ()
     in_step: tuple[MetricRun, ...] = ()
     throughout: tuple[MetricRun, ...] = ()
+    undecided: tuple[Literal["step", "rollout"], ...] = ()
     accepted: tuple[Literal["step", "rollout"], ...] = ()
     promotion: Intent | None = None
     message: str = ""

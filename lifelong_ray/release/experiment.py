@@ -174,6 +174,7 @@ class Experiment(Record):
         ended_at_s: Unix time of its end.
         ended_by: Who or what ended it.
         ended_why: Why.
+        ended_intent_id: The wish that ended it, or empty.
         message: What it is waiting for.
     """
 
@@ -193,6 +194,7 @@ class Experiment(Record):
     ended_at_s: float | None = None
     ended_by: str = ""
     ended_why: str = ""
+    ended_intent_id: str = ""
     message: str = ""
 
     @property

@@ -37,6 +37,9 @@ def objection_to_experiment(document: ReleaseDocument, intent: Intent) -> str | 
         return "no version is stable yet; release a base version first"
     if running:
         return f"the experiment {running.id} is under way; end it first"
+    if document.experiment is not None:
+        # A second one in its place would leave the first without its result.
+        return f"the experiment {document.experiment.id} is being summed up; ask again in a second"
     if document.rollout is not None:
         return (
             f"the rollout of {document.rollout.candidate} is in progress; promote or abort it "
@@ -80,7 +83,9 @@ def ending(document: ReleaseDocument, intent: Intent, why: str) -> ReleaseDocume
     """Return the document whose experiment ends at the controller's next look, which sums it up."""
     experiment = document.experiment
     assert experiment is not None
-    asked = experiment.model_copy(update={"ended_by": intent.actor, "ended_why": why})
+    asked = experiment.model_copy(
+        update={"ended_by": intent.actor, "ended_why": why, "ended_intent_id": intent.id}
+    )
     return document.changed(experiment=asked)
 
 
@@ -135,7 +140,10 @@ def advance_experiment(
     if is_over:
         ended = experiment.model_copy(update={"ended_at_s": now_s, "message": ""})
         ended_by, why = experiment.ended_by, f"experiment ended: {experiment.ended_why}"
-        after = _with(document, ended, "experiment_ended", ended_by, why, now_s)
+        intent_id = experiment.ended_intent_id
+        after = _with(
+            document, ended, "experiment_ended", ended_by, why, now_s, intent_id=intent_id
+        )
         return after.changed(experiment=None)
     if experiment.adaptive:
         return _reweighed(document, experiment, tallies, now_s, who)

@@ -241,6 +241,8 @@ class _Decider:
             )
         if changes:
             self.rollout = rollout.model_copy(update=changes)
+            undecided = tuple(n for n, phase, _ in self._analyses() if phase == "Inconclusive")
+            self.rollout = self.rollout.model_copy(update={"undecided": undecided})
             self.document = self.document.changed(rollout=self.rollout)
 
     def _values(self) -> dict[Measured, float | None]:
@@ -293,11 +295,13 @@ class _Decider:
             # Evidence pauses end by evidence only, or the phase would flicker.
             cause: PauseCause | None = "evidence" if rollout.paused_by == "evidence" else None
             return self._hold(waiting, cause=cause)
-        if promotion is None and not rollout.is_at_last_step:
+        if promotion is None and not rollout.is_at_last_step and not self._must_decide_now():
             return self._next_step()
         if self.evidence.decision != "not_inferior":
             return self._hold(self.evidence.reason, cause="evidence")
-        return self._promote_once_warm(self.evidence.reason)
+        unmeasured = self._unmeasured()
+        promoting = self._promote_once_warm(self.evidence.reason)
+        return promoting if unmeasured is None else self._hold(unmeasured)
 
     def _reason_to_abort(self) -> str | None:
         step = self.rollout.step
@@ -314,10 +318,10 @@ class _Decider:
                 return f"analysis failed: {why}"
         return self.evidence.reason if self.evidence.decision == "inferior" else None
 
-    def _analyses(self) -> list[tuple[str, Outcome, str]]:
+    def _analyses(self) -> list[tuple[Literal["step", "rollout"], Outcome, str]]:
         """The analyses under way: of the step, and of the rollout."""
         rollout, step = self.rollout, self.rollout.step
-        found = []
+        found: list[tuple[Literal["step", "rollout"], Outcome, str]] = []
         if step is not None and step.analysis:
             found.append(("step", *outcome(rollout.in_step, step.analysis)))
         if step is not None and self.config.analysis:
@@ -375,6 +379,18 @@ class _Decider:
             phase, why = outcome(self.rollout.in_step, step.analysis)
             return why if phase == "Running" else None
         return None
+
+    def _must_decide_now(self) -> bool:
+        """Whether the evidence could come no more: with all users there is nothing to compare."""
+        if self.config.evidence != "corrections" or self.evidence.decision == "not_inferior":
+            return False
+        return self.rollout.weight < 100 and _next_shares(self.rollout)[0] == 100
+
+    def _unmeasured(self) -> str | None:
+        """Say which metric of the whole rollout nobody has seen yet."""
+        phase, why = outcome(self.rollout.throughout, self.config.analysis)
+        is_seen = all(run.last for run in self.rollout.throughout)
+        return why if phase == "Running" and not (self.rollout.throughout and is_seen) else None
 
     def _next_step(self) -> ReleaseDocument:
         rollout = self.rollout

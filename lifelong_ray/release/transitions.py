@@ -277,7 +277,7 @@ def _steered(rollout: Rollout, intent: Intent) -> Rollout:
         else:
             changes["message"] = f"resumed by {intent.actor}"
             if rollout.paused_by == "analysis":
-                changes["accepted"] = ("step", "rollout")
+                changes["accepted"] = tuple(sorted({*rollout.accepted, *rollout.undecided}))
             elif rollout.paused_by in ("latency", "sample_ratio"):
                 changes[f"{rollout.paused_by}_accepted"] = True
     return rollout.model_copy(update=changes)

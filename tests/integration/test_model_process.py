@@ -216,3 +216,49 @@ def test_closing_ends_the_process_and_may_be_done_twice(config: Config) -> None:
     assert not is_alive(pid)
     with pytest.raises(ModelHostGoneError):
         host.answer("v1", [sent("low", config)])
+
+
+def test_a_process_that_cannot_start_says_so_and_leaves_nothing_behind(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = ModelProcess(config, "fp32")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+
+    with pytest.raises(ModelHostGoneError, match="exit code 1"):
+        host.load("v1")
+    assert host.pid is None
+    host.forget("v1")
+    monkeypatch.undo()
+
+    host.load("v1")
+    host.close()
+
+
+@pytest.mark.parametrize("moment", ["load", "forget"])
+def test_a_process_that_is_killed_at_any_moment_is_started_again(
+    config: Config, host: ModelProcess, moment: str
+) -> None:
+    for _ in range(2):
+        host.load("v1")
+        assert host.pid is not None
+        os.kill(host.pid, signal.SIGKILL)
+        with pytest.raises(ModelHostGoneError):
+            getattr(host, moment)("v1")
+
+    host.load("v1")
+    [answer] = host.answer("v1", [sent("low", config)])
+    assert isinstance(answer, VersionAnswer)
+
+
+def test_a_process_that_was_started_by_another_load_does_not_pretend_to_hold_the_rest(
+    config: Config, host: ModelProcess
+) -> None:
+    host.load("v1")
+    assert host.pid is not None
+    os.kill(host.pid, signal.SIGKILL)
+    for raised in (ModelHostGoneError, VersionError):
+        with pytest.raises(raised):
+            host.load("v9")
+
+    with pytest.raises(ModelHostGoneError, match="v1 is not held"):
+        host.answer("v1", [sent("low", config)])

@@ -23,15 +23,16 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
     class_name=NAMES,
     audit=st.booleans(),
     chosen=st.booleans(),
+    sticky=st.booleans(),
 )
 def test_an_id_proves_what_was_answered(
-    version: str, variant: str, class_name: str, audit: bool, chosen: bool
+    version: str, variant: str, class_name: str, audit: bool, chosen: bool, sticky: bool
 ) -> None:
     at_s = 1_700_000_000.0
     variant = version if variant == "an arm" else variant
-    request_id = IDS.issue(at_s, version, variant, class_name, audit, chosen=chosen)
+    request_id = IDS.issue(at_s, version, variant, class_name, audit, chosen=chosen, sticky=sticky)
 
-    served = ServedRequest(request_id, version, variant, class_name, audit, at_s, chosen)
+    served = ServedRequest(request_id, version, variant, class_name, audit, at_s, chosen, sticky)
     assert IDS.verify(request_id) == served
     assert read_request_id(request_id) == served
     assert request_id.isascii()

@@ -80,6 +80,12 @@ def test_the_layout_in_memory_changes_no_answer(convnet: Learner, precision: str
     np.testing.assert_allclose(one, other, atol=tolerance)
 
 
+def test_only_convolutions_have_images_laid_out_by_pixel(convnet: Learner, mlp: Learner) -> None:
+    assert Predictor(convnet).channels_last
+    assert not Predictor(convnet, channels_last=False).channels_last
+    assert not Predictor(mlp).channels_last
+
+
 @needs_fast_integers
 def test_an_int8_answer_does_not_depend_on_its_batch(convnet: Learner) -> None:
     predictor = Predictor(convnet, precision="int8")

@@ -128,6 +128,30 @@ def test_a_request_that_was_given_up_takes_no_place_in_a_batch(
     assert model.batch_sizes == [2]
 
 
+def test_requests_that_were_given_up_keep_no_place_in_the_queue_nor_in_a_batch(
+    executor: ThreadPoolExecutor,
+) -> None:
+    model = Model()
+    model.may_answer.clear()
+    batcher = make(executor, model, wait_s=0, queue=16)
+
+    async def give_many_up() -> list[int | BaseException]:
+        first = asyncio.create_task(batcher.answer(1))
+        await asyncio.sleep(0.01)
+        given_up = [asyncio.create_task(batcher.answer(2)) for _ in range(16)]
+        await asyncio.sleep(0.01)
+        for task in given_up:
+            task.cancel()
+        await asyncio.sleep(0)
+        others = [asyncio.create_task(batcher.answer(number)) for number in range(3, 11)]
+        await asyncio.sleep(0)
+        model.may_answer.set()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    assert values_of(asyncio.run(give_many_up())) == [1, *range(3, 11)]
+    assert model.batch_sizes == [1, 8]
+
+
 def test_the_event_loop_goes_on_while_the_model_works(executor: ThreadPoolExecutor) -> None:
     model = Model()
     model.may_answer.clear()

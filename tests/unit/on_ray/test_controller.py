@@ -498,3 +498,30 @@ def test_an_idle_controller_writes_only_to_keep_its_lease(stage: Stage) -> None:
     stage.tick(controller, times=60)
 
     assert stage.document.revision - revision <= 12
+
+
+def test_the_status_tells_what_a_slot_answers_in_and_forgets_one_that_is_gone(
+    stage: Stage,
+) -> None:
+    controller = stage.controller()
+
+    controller.take_slot_report("slot", stage.now_s, ("v1.1",), {}, {"v1.1": "int8"})
+    [slot] = controller.status()["slots"]
+    stage.now_s += 60
+
+    assert slot["precisions"] == {"v1.1": "int8"}
+    assert controller.status()["slots"] == []
+
+
+def test_a_report_that_was_overtaken_on_its_way_changes_nothing(stage: Stage) -> None:
+    stage.start()
+    controller = stage.controller()
+    late = FrontReport("front", stage.now_s, 0, ())
+    before = stage.tick(controller, 5).rollout
+    assert before is not None
+    assert before.message == "0 of 20 requests seen"
+
+    controller.take_front_report(late)
+    controller.tick()
+
+    assert stage.document.rollout == before

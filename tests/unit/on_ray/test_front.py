@@ -38,6 +38,7 @@ from lifelong_ray.on_ray.front import (
     NoVersionError,
     clean_label,
     clean_reason,
+    each,
 )
 from lifelong_ray.on_ray.models import Models, VersionAnswer
 from lifelong_ray.release import Arm, Experiment, Registry, ReleaseDesk, Rollout
@@ -1032,3 +1033,40 @@ def test_a_reason_that_the_audit_cannot_keep_is_refused(reason: object) -> None:
 )
 def test_other_reasons_are_kept_as_they_are(reason: str) -> None:
     assert clean_reason(reason) == reason
+
+
+def test_where_one_of_several_fails_the_others_are_dropped() -> None:
+    given_up = []
+
+    async def slow(number: int) -> int:
+        try:
+            await asyncio.sleep(10)
+        except asyncio.CancelledError:
+            given_up.append(number)
+            raise
+        return number
+
+    async def full() -> int:
+        raise OverloadedError("full")
+
+    async def play() -> None:
+        with pytest.raises(OverloadedError):
+            await each([slow(1), full(), slow(2)])
+        await asyncio.sleep(0)
+
+    asyncio.run(play())
+
+    assert given_up == [1, 2]
+
+
+def test_an_answer_tells_whether_it_shares_its_arm_with_others(store: MemoryStore) -> None:
+    async def play() -> list[bool]:
+        async with running(store) as scene:
+            alone = await scene.answer("top")
+            of_ada = await scene.answer("top", key="ada", user="ada")
+            images = [SentImage.of(image) for image in IMAGES.values()]
+            [first, *_] = await scene.front.answer_together(images, key="x")
+        verify = RequestIds(SECRETS.signing_key).verify
+        return [verify(one.request_id).sticky for one in (alone, of_ada, first)]
+
+    assert asyncio.run(play()) == [False, True, True]

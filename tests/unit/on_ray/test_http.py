@@ -10,12 +10,15 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
+from starlette.types import Message
 
 from lifelong_ray.on_ray.http import (
     Asker,
     RequestError,
+    answer_to_error,
     asker_of,
     install_error_handlers,
+    read_body,
     read_json,
     read_uploads,
     within,
@@ -320,6 +323,41 @@ def test_work_that_nobody_waits_for_any_more_is_dropped() -> None:
 def asking(**headers: str) -> Request:
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     return Request({"type": "http", "headers": raw})
+
+
+def asked_with(headers: dict[str, str], *messages: Message) -> Request:
+    sent = iter(messages)
+
+    async def receive() -> Message:
+        return next(sent)
+
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": raw}
+    return Request(scope, receive)
+
+
+def test_a_length_that_is_no_number_python_makes_is_too_large() -> None:
+    request = asked_with({"content-length": "9" * 5_000})
+
+    with pytest.raises(BadImageError, match="at most 10 are taken"):
+        asyncio.run(read_body(request, max_bytes=10))
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_failure_of_the_server() -> None:
+    begun: Message = {"type": "http.request", "body": b"abc", "more_body": True}
+    request = asked_with({}, begun, {"type": "http.disconnect"})
+
+    with pytest.raises(RequestError) as caught:
+        asyncio.run(read_body(request, max_bytes=10))
+
+    assert (caught.value.status, caught.value.code) == (400, "disconnected")
+
+
+def test_an_error_that_quotes_what_is_no_text_is_told_all_the_same() -> None:
+    response = answer_to_error(asked_with({}), VersionError("there is no version \ud800"))
+
+    assert response.status_code == 404
+    assert b"there is no version \\\\ud800" in response.body
 
 
 def test_headers_say_who_asks_and_how_long_they_wait() -> None:

@@ -165,7 +165,7 @@ def test_a_request_that_is_none_is_refused_by_name(body: object, code: str) -> N
     assert refused(body).code == code
 
 
-@pytest.mark.parametrize("length", ["-1", "x", "1e2", "10000", "²"])
+@pytest.mark.parametrize("length", ["-1", "x", "1e2", "10000", "²", "9" * 5_000])
 def test_a_header_length_that_is_none_of_the_body_is_refused(length: str) -> None:
     assert refused({"inputs": [tensor([1, 2])]}, length).code == "bad_header_length"
 
@@ -193,9 +193,10 @@ def test_a_compressed_body_is_read(encoding: str) -> None:
         (gzip.compress(bytes(10_000)), "gzip", 413),
         (b"hello", "gzip", 400),
         (gzip.compress(b"hello")[:-4], "gzip", 400),
+        (gzip.compress(b"{}") + gzip.compress(b"{}"), "gzip", 400),
         (b"hello", "br", 415),
     ],
-    ids=["too large", "not compressed", "cut short", "unknown"],
+    ids=["too large", "not compressed", "cut short", "more behind", "unknown"],
 )
 def test_a_compressed_body_is_bounded_and_whole(body: bytes, encoding: str, status: int) -> None:
     with pytest.raises(RequestError) as caught:
@@ -217,6 +218,14 @@ def test_an_answer_in_json_has_both_outputs_and_repeats_the_id() -> None:
     probabilities, classes = answer["outputs"]
     assert (probabilities["shape"], probabilities["data"]) == ([2, 2], [0.75, 0.25, 0.125, 0.875])
     assert (classes["datatype"], classes["shape"], classes["data"]) == ("BYTES", [2], ["ä", "b"])
+
+
+def test_an_output_is_given_once_however_often_it_is_asked_for() -> None:
+    outputs = [{"name": "class"}, {"name": "probabilities"}] * 2
+
+    error = refused({"inputs": [tensor([0, 255])], "outputs": outputs})
+
+    assert (error.status, error.code) == (400, "bad_outputs")
 
 
 def test_an_answer_in_binary_follows_the_json_in_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ from pydantic import ValidationError
 from lifelong_ray.config import AutoscalingConfig, Config, OffPeakConfig, config_from
 from lifelong_ray.on_ray import scaling
 from lifelong_ray.on_ray.scaling import FollowingPolicy, autoscaling, bounds_at, is_off_peak
+from lifelong_ray.release import ReleaseDesk, ReleaseDocument, Rollout
+from tests.fakes import MemoryStore
 
 MONDAY = datetime(2026, 11, 23, tzinfo=UTC)
 
@@ -105,6 +108,32 @@ def test_the_slot_sleeps_until_there_is_a_candidate(
     monkeypatch.setattr(policy, "_floor", 1)
 
     assert policy(context(0))[0] == 1
+
+
+def test_the_slot_is_woken_once_a_store_that_could_not_be_opened_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryStore()
+    rollout = {"candidate": "v1.1", "steps": ({"setWeight": 5},), "salt": "s"}
+    rollout |= {"id": "r", "started_at_s": 0.0, "step_started_at_s": 0.0}
+    document = ReleaseDocument(stable="v1", rollout=Rollout.model_validate(rollout))
+    ReleaseDesk(store, lambda: 0.0).swap(document, None)
+    failures = [OSError("no route to host"), OSError("not yet")]
+
+    def open_store(config: object) -> MemoryStore:
+        if failures:
+            raise failures.pop()
+        return store
+
+    monkeypatch.setattr(scaling, "open_store", open_store)
+    monkeypatch.setattr(scaling, "_LOOK_EVERY_S", 0.01)
+
+    policy = FollowingPolicy({}, "slot")
+
+    deadline_s = time.monotonic() + 10
+    while policy._floor == 0:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

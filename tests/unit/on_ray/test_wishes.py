@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lifelong_ray.on_ray.http import RequestError
-from lifelong_ray.on_ray.wishes import experiment_intent
+from lifelong_ray.on_ray.wishes import experiment_intent, steering_intent
 
 NOW_S = 1_000.0
 ARMS = [{"version": "v1", "weight": 80}, {"version": "v1.1", "weight": 20}]
@@ -50,3 +50,16 @@ def test_a_body_that_describes_no_experiment_is_refused_with_the_reason(
         experiment_intent({"arms": ARMS, "end_s": 2_000} | changes, "", NOW_S)
 
     assert (caught.value.status, caught.value.code) == (422, "bad_experiment")
+
+
+def test_a_promotion_may_be_forced_and_nothing_else() -> None:
+    assert steering_intent("promote", {"force": True}, "now", NOW_S).force
+    assert not steering_intent("abort", {"force": False}, "", NOW_S).force
+    with pytest.raises(RequestError, match="only promote a force"):
+        steering_intent("abort", {"force": True}, "", NOW_S)
+
+
+@pytest.mark.parametrize("force", ["false", "no", 1, 0, None, [0]], ids=repr)
+def test_what_is_not_true_or_false_forces_no_promotion(force: object) -> None:
+    with pytest.raises(RequestError, match="not true or false"):
+        steering_intent("promote", {"force": force}, "", NOW_S)

@@ -99,6 +99,15 @@ def test_an_analysis_comes_to_the_worst_of_its_metrics_and_says_why() -> None:
     assert outcome([], metrics)[0] == "Running"
 
 
+def test_looks_at_another_number_of_metrics_count_for_nothing() -> None:
+    failed = (MetricRun(failed=9),)
+    metrics = [metric(), metric()]
+
+    assert outcome(failed, metrics)[0] == "Running"
+    runs = measured(failed, metrics, {"error_share": 0.0}, began_s=0.0, now_s=1.0)
+    assert [(run.successful, run.failed) for run in runs] == [(1, 0), (1, 0)]
+
+
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=80),
     st.integers(1, 30),
@@ -152,6 +161,11 @@ def test_a_metric_that_decides_nothing_is_refused(more: dict[str, Any], told: st
         [{"shadow": 0.0}, {"setWeight": 5}],
         [{"setWeight": 5}, {"setWeight": 0}, {"pause": 1.0}],
         [{"analysis": [metric().model_dump()], "min_requests": 0}],
+        [
+            {"shadow": 1.0},
+            {"analysis": [metric(measure="correction_ratio").model_dump()], "min_requests": 0},
+            {"setWeight": 5},
+        ],
     ],
     ids=repr,
 )

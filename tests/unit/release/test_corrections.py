@@ -120,6 +120,12 @@ def test_answers_of_a_version_that_a_header_chose_do_not_count() -> None:
     assert count_corrections([chosen], [(110.0, 5)]) == Corrections()
 
 
+def test_corrections_of_a_session_do_not_count_as_they_are_one_draw() -> None:
+    sticky = replace(corrected(111.0, "candidate"), sticky=True)
+
+    assert count_corrections([sticky], [(110.0, 5)]) == Corrections()
+
+
 def test_counts_add_up_weight_by_weight() -> None:
     one, other = Corrections({5: (1, 2), 20: (0, 1)}), Corrections({5: (3, 4)})
 

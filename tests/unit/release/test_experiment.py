@@ -271,7 +271,7 @@ def test_an_experiment_that_is_ended_says_by_whom_and_why() -> None:
 
     assert after.experiment is None
     assert [(event.what, event.who) for event in events] == [("experiment_ended", "ann")]
-    assert events[0].why == "experiment ended: curious"
+    assert (events[0].why, events[0].intent_id) == ("experiment ended: curious", "i1")
 
 
 def test_a_result_so_far_is_kept_at_every_interval_and_survives_a_front() -> None:
@@ -440,6 +440,22 @@ def test_a_rollout_may_be_asked_for_while_an_end_waits() -> None:
     assert [event.what for event in events] == ["started", "experiment_ended"]
     assert after.experiment is None
     assert after.rollout is not None
+
+
+def test_an_experiment_is_summed_up_before_another_may_start() -> None:
+    document = running()
+    first = experiment_of(document).id
+    intents = (a_wish("end_experiment"), a_wish("start_experiment", id="i2"))
+
+    after, events = looked(document.changed(intents=intents), a_front(document))
+
+    assert [event.what for event in events] == ["refused", "experiment_ended"]
+    assert f"{first} is being summed up" in events[0].why
+    ended = events[1].experiment
+    assert ended is not None
+    assert (ended.id, ended.ended_by) == (first, "ann")
+    assert ended.result is not None
+    assert objection(after, a_wish("start_experiment", id="i3")) is None
 
 
 def test_arms_are_records_of_the_document() -> None:

@@ -92,7 +92,7 @@ def started(**changes: object) -> ReleaseDocument:
 
 def at_step(index: int, **changes: object) -> ReleaseDocument:
     """A document in the middle of a rollout with the default steps."""
-    weight = {0: 0, 1: 5, 2: 20, 3: 50}[index]
+    weight = {0: 0, 1: 5, 2: 20, 3: 50, 4: 100}[index]
     return started(step_index=index, weight=weight, shadow=0.5, **changes)
 
 
@@ -142,7 +142,7 @@ def test_the_first_step_waits_for_a_slot() -> None:
     assert (rollout_of(moved).step_index, rollout_of(moved).shadow) == (0, 0.5)
     assert moved.seq == held.seq + 1
     assert whats(events) == ["stepped"]
-    assert events[0].why == "step 1 of 4: weight 0 %, shadow 50 %"
+    assert events[0].why == "step 1 of 5: weight 0 %, shadow 50 %"
 
 
 def test_a_step_waits_for_its_requests() -> None:
@@ -278,7 +278,7 @@ def test_fronts_load_the_candidate_when_a_promotion_is_asked_early() -> None:
 
 
 def last_step(**changes: object) -> ReleaseDocument:
-    return at_step(3, **changes)
+    return at_step(4, **changes)
 
 
 def test_enough_evidence_after_the_last_step_promotes() -> None:
@@ -304,7 +304,7 @@ def test_without_labels_a_rollout_pauses_and_neither_promotes_nor_aborts() -> No
 
     following, events = advance(document, observation, CONFIG)
 
-    assert (following.stable, rollout_of(following).weight) == ("v1", 50)
+    assert (following.stable, rollout_of(following).weight) == ("v1", 100)
     assert rollout_of(following).phase == "Paused"
     assert rollout_of(following).message == "0 of 50 labelled pairs seen"
     assert whats(events) == ["paused"]
@@ -471,7 +471,7 @@ def test_requests_split_by_weight_pause_nothing() -> None:
 
 
 def test_a_wrong_split_stops_a_promotion_but_neither_a_forced_one_nor_an_abort() -> None:
-    document = at_step(3)
+    document = last_step()
     off = seeing_split(document, 900, 100, weight=50)
 
     held, _ = advance(document, replace(off, pairs=GOOD), CONFIG)
@@ -635,7 +635,7 @@ def drive(document: ReleaseDocument, *, reread: bool) -> tuple[ReleaseDocument, 
     for tick in range(40):
         if reread:
             document = ReleaseDocument.model_validate_json(document.model_dump_json())
-        front = a_front(document, requests=30 * tick)
+        front = a_front(document, requests=60 * tick)
         document, events = advance(
             document, seeing(front, pairs=Pairs(better=tick, same=3 * tick)), CONFIG
         )
@@ -652,6 +652,7 @@ def test_another_controller_continues_a_rollout_from_the_document_alone() -> Non
     assert by_one.stable == "v1.1"
     assert [line.split(":")[0] for line in one_history] == [
         "started",
+        "stepped",
         "stepped",
         "stepped",
         "stepped",
@@ -727,7 +728,7 @@ def test_whatever_is_observed_the_invariants_of_a_release_hold() -> None:
 
     # The stories must have gone everywhere, or they would prove little.
     assert happened == set(get_args(What)) - {"created"}
-    assert weights == {0, 5, 20, 50}
+    assert weights == {0, 5, 20, 50, 100}
 
 
 def check_invariants(
@@ -835,6 +836,29 @@ def test_an_inconclusive_analysis_asks_and_resume_accepts_it() -> None:
     assert rollout_of(document).step_index == 2
 
 
+def test_resume_accepts_what_did_not_decide_and_nothing_that_is_still_to_come() -> None:
+    throughout = FEW_ERRORS | {"measure": "agreement", "successCondition": "result > 0.9"}
+    throughout |= {"failureCondition": "result < 0.1"}
+    config = ANY_ERRORS.model_copy(
+        update={"analysis": RolloutConfig.model_validate({"analysis": [throughout]}).analysis}
+    )
+    document = analysing(count=1)
+    front = a_front(document, requests=100, errors=20)
+    document, _ = advance(document, seeing(front), config)
+    assert (rollout_of(document).paused_by, rollout_of(document).undecided) == (
+        "analysis",
+        ("step",),
+    )
+
+    resumed, _ = advance(asked(document, "resume"), seeing(a_front(document)), config)
+    unsure = replace(seeing(a_front(resumed, requests=100, errors=20), now_s=1_010), agreement=0.5)
+    paused, _ = advance(resumed, unsure, config)
+
+    assert rollout_of(resumed).accepted == ("step",)
+    assert rollout_of(paused).paused_by == "analysis"
+    assert "agreement is 0.5" in rollout_of(paused).message
+
+
 def test_metrics_of_the_whole_rollout_are_measured_beside_its_steps() -> None:
     config = RolloutConfig.model_validate({"analysis": [FEW_ERRORS], "max_error_share": 1})
     document = at_step(1)
@@ -844,6 +868,22 @@ def test_metrics_of_the_whole_rollout_are_measured_beside_its_steps() -> None:
 
     assert whats(events) == ["aborted"]
     assert "error_share is 0.9" in events[-1].why
+
+
+def test_a_metric_that_was_never_measured_holds_a_promotion() -> None:
+    agreeing = FEW_ERRORS | {"measure": "agreement", "failureCondition": "result < 0.1"}
+    agreeing |= {"successCondition": "", "count": 9}
+    config = RolloutConfig.model_validate({"analysis": [agreeing]})
+    document = last_step()
+    seen = seeing(a_front(document, requests=100), pairs=GOOD)
+
+    held, _ = advance(document, seen, config)
+    promoted, events = advance(held, replace(seen, agreement=0.9), config)
+
+    assert held.stable == "v1"
+    assert rollout_of(held).message == "agreement: 0 of 9 measurements"
+    assert whats(events) == ["promoted"]
+    assert promoted.stable == "v1.1"
 
 
 def test_what_was_measured_is_in_the_document_for_whoever_goes_on() -> None:
@@ -865,13 +905,26 @@ def corrected(document: ReleaseDocument, counts: tuple[int, int]) -> Observation
 
 
 def test_without_audit_labels_few_corrections_promote_a_candidate() -> None:
-    document = at_step(3)
+    document = last_step()
 
     document, events = advance(document, corrected(document, (40, 120)), BY_USERS)
 
     assert whats(events) == ["promoted"]
     assert document.stable == "v1.1"
     assert events[-1].evidence["correction_ratio"] == pytest.approx(1 / 3)
+
+
+def test_all_users_get_a_candidate_only_once_corrections_have_decided() -> None:
+    """With nobody left on stable corrections would say nothing any more."""
+    document = at_step(3)
+
+    held, events = advance(document, corrected(document, (10, 10)), BY_USERS)
+    moved, _ = advance(held, corrected(held, (40, 120)), BY_USERS)
+
+    assert whats(events) == ["paused"]
+    assert (rollout_of(held).weight, rollout_of(held).paused_by) == (50, "evidence")
+    assert rollout_of(held).message == "20 of 50 corrections seen"
+    assert (rollout_of(moved).weight, rollout_of(moved).phase) == (100, "Progressing")
 
 
 def test_many_corrections_take_a_candidate_back_at_any_step() -> None:
@@ -884,7 +937,7 @@ def test_many_corrections_take_a_candidate_back_at_any_step() -> None:
 
 def test_corrections_neither_promote_nor_abort_where_audit_labels_are_the_evidence() -> None:
     for counts in ((40, 120), (90, 30)):
-        document = at_step(3)
+        document = last_step()
         document, _ = advance(document, corrected(document, counts), CONFIG)
         assert rollout_of(document).paused_by == "evidence"
 
