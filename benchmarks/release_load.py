@@ -48,13 +48,14 @@ def main(
     changes: Annotated[int, typer.Option(help="Promotions.")] = 20,
     rollbacks: Annotated[int, typer.Option(help="Rollbacks.")] = 5,
     share: Annotated[float, typer.Option(help="Of capacity, during changes.")] = 0.7,
+    stall_share: Annotated[float, typer.Option(help="Of capacity, while the slot stalls.")] = 0.5,
     stalls: Annotated[int, typer.Option(help="Times that the slot stalls.")] = 3,
     seconds: Annotated[float, typer.Option(help="Of a stretch without change.")] = 6.0,
     out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
 ) -> None:
     """Measure both."""
     # A stalled slot would end its rollout by its errors, and with it what is to be measured.
-    rollout = {"steps": [{"shadow": 0.1, "min_requests": 0}], "max_error_share": 1.0}
+    rollout = {"max_error_share": 1.0}
     with tempfile.TemporaryDirectory(prefix="lifelong-release-") as name:
         folder = Path(name)
         config = served(_CASE, folder, rollout)
@@ -72,12 +73,17 @@ def main(
                     operator, port, requests, capacity * share, changes, rollbacks, seconds
                 ),
                 "stalled_shadow": _stalls(
-                    operator, port, requests, capacity * share, stalls, seconds
+                    operator, port, requests, capacity * stall_share, stalls, seconds
                 ),
             }
     print(_table(report))
     setup = set_up(
-        changes=changes, rollbacks=rollbacks, share=share, stalls=stalls, seconds=seconds
+        changes=changes,
+        rollbacks=rollbacks,
+        share=share,
+        stall_share=stall_share,
+        stalls=stalls,
+        seconds=seconds,
     )
     write(out, {"setup": setup, **report})
 
@@ -155,7 +161,7 @@ def _stable(operator: Operator) -> str:
 
 def _promote(operator: Operator) -> None:
     candidate = "v1" if _stable(operator) == _OTHER else _OTHER
-    operator.start(candidate)
+    operator.start(candidate, steps=[{"setWeight": 100, "min_requests": 0}])
     operator.ask("promote", force=True)
     operator.wait(lambda document: document["stable"] == candidate)
 
@@ -275,10 +281,9 @@ def _stalls(
         "failures": sorted({one.wrong for one in pace.sent if one.wrong}),
         "p99_alone_ms": statistics.median(p99_ms["alone"]),
         "p99_stalled_ms": statistics.median(p99_ms["stalled"]),
-        "p99_stalled_over_alone": statistics.median(
-            stalled / alone
-            for stalled, alone in zip(p99_ms["stalled"], p99_ms["alone"], strict=True)
-        ),
+        "p99_stalled_over_alone": statistics.median(p99_ms["stalled"])
+        / statistics.median(p99_ms["alone"]),
+        "stretches_p99_ms": {kind: [round(p, 1) for p in found] for kind, found in p99_ms.items()},
         "dropped_copies": dropped,
     }
 

@@ -1,7 +1,7 @@
 """How many replicas a deployment should have: Ray's own rule, within bounds that change.
 
 The bounds follow the clock (off-peak hours) and, for the slot, the release document: with a
-candidate on trial it needs a replica before any request comes, without one it may go to sleep.
+candidate that it must answer for it needs a replica before any request comes, else it may sleep.
 Runs inside Serve's controller, several times a second, so that reading the document is left to a
 thread.
 """
@@ -20,7 +20,7 @@ from ray.serve.config import AutoscalingContext
 from ray.serve.config import AutoscalingPolicy as PolicyReference
 
 from lifelong_ray.config import AutoscalingConfig, Config, OffPeakConfig, config_from
-from lifelong_ray.release import ReleaseDesk
+from lifelong_ray.release import ReleaseDesk, needs_slot
 from lifelong_ray.storage import open_store
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class FollowingPolicy:
             try:
                 desk = desk or ReleaseDesk(open_store(config.store), self._clock)
                 document, _ = desk.read()
-                self._floor = 0 if document.rollout is None else 1
+                self._floor = int(needs_slot(document, config.rollout))
             except Exception as error:  # noqa: BLE001 - a thread that ends would never wake the slot
                 logger.warning("the release document could not be read for scaling: %r", error)
             time.sleep(_LOOK_EVERY_S)

@@ -87,7 +87,7 @@ from lifelong_ray.on_ray.scaling import autoscaling
 from lifelong_ray.on_ray.schedule import submit_update
 from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
 from lifelong_ray.on_ray.wishes import experiment_intent, steering_intent
-from lifelong_ray.release import FrontReport, Intent, Registry, ReleaseDesk
+from lifelong_ray.release import FrontReport, Intent, Registry, ReleaseDesk, needs_slot
 from lifelong_ray.storage import Store, open_store
 from lifelong_ray.types import BadImageError, NotFoundError, ServingError
 
@@ -157,7 +157,8 @@ class Slot:
 
     async def _follow_once(self) -> None:
         document, _ = await asyncio.to_thread(self._desk.read)
-        self._warm.hold({document.rollout.candidate} if document.rollout else set())
+        wanted = document.rollout if needs_slot(document, self._config.rollout) else None
+        self._warm.hold({wanted.candidate} if wanted is not None else set())
         self._controller.report_slot.remote(
             self._slot_id,
             time.time(),

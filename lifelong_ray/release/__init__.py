@@ -61,6 +61,7 @@ from lifelong_ray.release.rollout import (
     advance,
     assign,
     needed_versions,
+    needs_slot,
 )
 from lifelong_ray.release.sample_ratio import SampleRatio, SplitCounts, sample_ratio
 
@@ -113,6 +114,7 @@ __all__ = [
     "judge_update",
     "latency_quantile_ms",
     "needed_versions",
+    "needs_slot",
     "refused",
     "sample_ratio",
     "summarise_comparisons",

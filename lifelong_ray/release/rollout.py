@@ -141,6 +141,23 @@ def needed_versions(document: ReleaseDocument, config: RolloutConfig) -> frozens
     return frozenset(version for version in needed if version is not None)
 
 
+def needs_slot(document: ReleaseDocument, config: RolloutConfig) -> bool:
+    """Whether a slot answers for the candidate, in this step or in one to come.
+
+    It takes copies and small shares; a rollout that begins with a large share needs none.
+    """
+    rollout = document.rollout
+    if rollout is None:
+        return False
+    weight, shadow = rollout.weight, rollout.shadow
+    shares = [(weight, shadow)]
+    for step in rollout.steps[rollout.step_index + 1 :]:
+        weight = weight if step.setWeight is None else step.setWeight
+        shadow = shadow if step.shadow is None else step.shadow
+        shares.append((weight, shadow))
+    return any(w <= config.slot_max_weight and (w or s) for w, s in shares)
+
+
 def advance(
     document: ReleaseDocument,
     observation: Observation,

@@ -24,6 +24,7 @@ from lifelong_ray.release import (
     advance,
     judge_evidence,
     needed_versions,
+    needs_slot,
 )
 from lifelong_ray.release.document import What
 
@@ -948,3 +949,38 @@ def test_the_document_remembers_which_weight_held_when() -> None:
     document, _ = advance(document, seeing(a_front(document, requests=100)), CONFIG)
 
     assert rollout_of(document).weights == ((900.0, 0), (950.0, 5), (1_000.0, 20))
+
+
+@pytest.mark.parametrize(
+    ("steps", "index", "needed"),
+    [
+        ([{"shadow": 0.5}, {"setWeight": 50}], -1, True),
+        ([{"setWeight": 5}, {"setWeight": 50}], 0, True),
+        ([{"setWeight": 5}, {"setWeight": 50}], 1, False),
+        ([{"setWeight": 50}, {"setWeight": 100}], -1, False),
+        ([{"setWeight": 50}, {"setWeight": 5}], 0, True),
+        ([{"setWeight": 50}, {"shadow": 0.5}], 0, False),
+        ([{"setWeight": 0, "min_requests": 0}, {"pause": 5, "min_requests": 0}], 0, False),
+    ],
+)
+def test_a_slot_is_needed_for_copies_and_small_shares_now_or_later(
+    steps: list[dict[str, object]], index: int, needed: bool
+) -> None:
+    parsed = tuple(StepConfig.model_validate(step) for step in steps)
+    weights = [step.setWeight for step in parsed[: index + 1] if step.setWeight is not None]
+    rollout = Rollout(
+        id="r",
+        candidate="v2",
+        steps=parsed,
+        step_index=index,
+        weight=weights[-1] if weights else 0,
+        salt="s",
+        started_at_s=0.0,
+        step_started_at_s=0.0,
+    )
+
+    assert needs_slot(ReleaseDocument(stable="v1", rollout=rollout), RolloutConfig()) is needed
+
+
+def test_without_a_rollout_no_slot_is_needed() -> None:
+    assert not needs_slot(ReleaseDocument(stable="v1"), RolloutConfig())
