@@ -134,6 +134,9 @@ class Front:
         self._by_arm: dict[str, tuple[int, ...]] = {}
         self._comparing: set[asyncio.Task[None]] = set()
         self._comparing_bytes = 0
+        # Halved by each copy that got no answer, one more for each that did: a slot that stalls
+        # is asked by one copy at a time, since to give up many at once would hold up the front.
+        self._copies_at_once = config.serving.shadow_queue
         self.dropped_comparisons = 0
         self.document = ReleaseDocument()
         self._follower: asyncio.Task[None] | None = None
@@ -383,7 +386,7 @@ class Front:
     def _compare_later(self, document: ReleaseDocument, served: Served, image: CleanImage) -> None:
         bytes_then = self._comparing_bytes + image.pixels.nbytes
         if (
-            len(self._comparing) >= self._config.serving.shadow_queue
+            len(self._comparing) >= self._copies_at_once
             or bytes_then > self._config.feedback.max_queue_bytes
         ):
             self.dropped_comparisons += 1
@@ -408,7 +411,11 @@ class Front:
                 stable, candidate = await self._ask_held(str(document.stable), sent), stable
             else:
                 candidate = await self._ask_candidate(document, rollout.candidate, sent)
+                most = self._config.serving.shadow_queue
+                self._copies_at_once = min(most, self._copies_at_once + 1)
         except Exception as error:  # noqa: BLE001 - a comparison may never hurt the front
+            if served.variant != "candidate":
+                self._copies_at_once = max(1, self._copies_at_once // 2)
             if served.variant == "candidate" or isinstance(error, OverloadedError):
                 self.dropped_comparisons += 1
                 logger.warning("comparison dropped: %r", error)
