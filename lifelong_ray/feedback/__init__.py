@@ -5,6 +5,7 @@ Knows nothing of models, HTTP or Ray; `learning` and `release` know nothing of i
 
 from lifelong_ray.feedback.curation import Curation, curate, is_holdout
 from lifelong_ray.feedback.drift import DriftReport, detect_drift
+from lifelong_ray.feedback.first_labels import FirstLabels
 from lifelong_ray.feedback.identity import (
     RequestIds,
     Secrets,
@@ -39,6 +40,7 @@ __all__ = [
     "CleanImage",
     "Curation",
     "DriftReport",
+    "FirstLabels",
     "LogStats",
     "LogTail",
     "LogWriter",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lifelong_ray.feedback import LogTail, read_request_id
+from lifelong_ray.feedback import FirstLabels, LogTail
 from lifelong_ray.release import ArmTally, Experiment
 from lifelong_ray.storage import Store
-from lifelong_ray.types import BadRequestIdError, ServedRequest
+from lifelong_ray.types import ServedRequest
 
 
 class ArmLabels:
@@ -16,7 +16,7 @@ class ArmLabels:
     def __init__(self, store: Store, experiment: Experiment, now_s: Callable[[], float]) -> None:
         self._arms = list(zip(experiment.versions, experiment.variants, strict=True))
         self._tail = LogTail(store, "feedback", experiment.started_at_s, now_s)
-        self._labelled: set[str] = set()
+        self._first = FirstLabels()
         self._tallies = [ArmTally() for _ in self._arms]
 
     def poll(self, began_s: float | None) -> tuple[ArmTally, ...]:
@@ -27,16 +27,9 @@ class ArmLabels:
                 divided, and tell nothing.
         """
         rows = [row for row in self._tail.poll() if row.kind == "feedback"]
-        for row in sorted(rows, key=lambda row: (row.at_s, row.feedback_id)):
-            if row.request_id in self._labelled:
-                continue
-            self._labelled.add(row.request_id)
-            try:
-                answer = read_request_id(row.request_id)
-            except BadRequestIdError:
-                continue  # A row that nobody should have written must not stop the release.
+        for answer, label in self._first.among(rows):
             if began_s is not None and answer.at_s >= began_s and not answer.chosen:
-                self._count(answer, is_right=answer.class_name == row.label)
+                self._count(answer, is_right=answer.class_name == label)
         return tuple(self._tallies)
 
     def _count(self, answer: ServedRequest, *, is_right: bool) -> None:

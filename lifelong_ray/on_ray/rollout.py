@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ray import serve
 
 from lifelong_ray.config import Config, Precision, config_from
-from lifelong_ray.feedback import LogTail, read_request_id, uuid7
+from lifelong_ray.feedback import FirstLabels, LogTail, uuid7
 from lifelong_ray.on_ray.arms import ArmLabels
 from lifelong_ray.release import (
     ArmTally,
@@ -36,12 +36,10 @@ from lifelong_ray.release import (
 )
 from lifelong_ray.storage import Store, open_store
 from lifelong_ray.types import (
-    BadRequestIdError,
     Comparison,
     ConflictError,
     Feedback,
     LifelongError,
-    ServedRequest,
 )
 
 logger = logging.getLogger(__name__)
@@ -74,7 +72,7 @@ class Evidence:
         self._audited: list[Comparison] = []
         self._votes: list[Feedback] = []
         self._pairs = Pairs()
-        self._labelled: set[str] = set()
+        self._first = FirstLabels()
         self.corrections = Corrections()
 
     @property
@@ -93,26 +91,15 @@ class Evidence:
         self._num_alike += sum(row.stable_class == row.candidate_class for row in rows)
         audited = [row for row in rows if row.audit]
         labels = [row for row in self._feedback_tail.poll() if row.kind == "feedback"]
-        self.corrections += count_corrections(self._corrected(labels), weights)
+        firsts = self._first.among(labels)
+        corrected = (answer for answer, label in firsts if answer.class_name != label)
+        self.corrections += count_corrections(corrected, weights)
         votes = [vote for vote in labels if vote.audit]
         if audited or votes:
             self._audited += audited
             self._votes += votes
             self._pairs = count_pairs(self._audited, self._votes, self._rollout_id)
         return self._pairs
-
-    def _corrected(self, labels: Sequence[Feedback]) -> Iterator[ServedRequest]:
-        """Answers that their first label contradicts."""
-        for row in sorted(labels, key=lambda row: (row.at_s, row.feedback_id)):
-            if row.request_id in self._labelled:
-                continue
-            self._labelled.add(row.request_id)
-            try:
-                answer = read_request_id(row.request_id)
-            except BadRequestIdError:
-                continue  # A row that nobody should have written must not stop the release.
-            if answer.class_name != row.label:
-                yield answer
 
 
 class Controller:
