@@ -1,4 +1,4 @@
-"""Single requests in, batches through a function on a thread, single answers out.
+"""Single requests in, batches through a function, single answers out.
 
 Knows nothing of HTTP, images, versions or Ray. The event loop keeps taking requests meanwhile.
 """
@@ -6,8 +6,7 @@ Knows nothing of HTTP, images, versions or Ray. The event loop keeps taking requ
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter
 from typing import Generic, TypeVar
 
@@ -18,6 +17,7 @@ A = TypeVar("A")
 
 _WAITING_SHARE = 0.03
 _LEAST_WAIT_S = 0.0005  # A shorter sleep is a long one: the event loop's clock ticks in ms.
+_LONGEST_AHEAD_S = 0.02
 
 
 class Batcher(Generic[Q, A]):
@@ -26,26 +26,33 @@ class Batcher(Generic[Q, A]):
     While a batch is worked on the next one gathers. The first of a batch waits for others as
     well, but 3 % of the time that the batch before took at most: those who got their
     answers together tend to ask again together, and one batch of all costs less than two.
+
+    Where a batch takes no longer than what else a request costs, the worker would idle between
+    two of them. So a second one is handed over ahead as soon as it is as large as the one that
+    is worked on. A batch that takes longer loses more by being cut in two.
     """
 
     def __init__(
         self,
-        run: Callable[[list[Q]], Sequence[A | Exception]],
-        executor: Executor,
+        run: Callable[[list[Q]], Awaitable[Sequence[A | Exception]]],
         *,
         max_batch: int,
         wait_s: float,
         max_queue: int,
     ) -> None:
-        """Take `run`, which answers every question of a batch, in order, or says what is wrong."""
+        """Take `run`, which answers every question of a batch, in order, or says what is wrong.
+
+        It is asked for a second batch before it has answered the first, never for a third.
+        """
         self._run = run
-        self._executor = executor
         self._max_batch = max_batch
         self._wait_s = wait_s
         self._max_queue = max_queue
-        self._last_s = 0.0
+        self._last_s = 0.0  # that the batch before took
+        self._ended_s = 0.0  # when it was done
         self._waiting: list[tuple[Q, asyncio.Future[A]]] = []
-        self._worker: asyncio.Task[None] | None = None
+        self._gathering: asyncio.Task[None] | None = None
+        self._under_way: dict[asyncio.Task[None], int] = {}  # with the number of questions
 
     async def answer(self, question: Q) -> A:
         """Return the answer to one question, or raise what is wrong with it.
@@ -57,44 +64,61 @@ class Batcher(Generic[Q, A]):
             self._drop_given_up()
         if len(self._waiting) >= self._max_queue:
             raise OverloadedError(f"{self._max_queue} images are waiting; try again in a second")
-        loop = asyncio.get_running_loop()
-        if self._worker is None or self._worker.done():
-            self._worker = loop.create_task(self._work(loop))
-        future: asyncio.Future[A] = loop.create_future()
+        future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, future))
+        self._go_on()
         return await future
 
     async def idle(self) -> None:
         """Wait until nothing is waiting or worked on."""
-        if self._worker is not None:
-            await asyncio.wait([self._worker])
+        while tasks := [*self._under_way, *filter(None, [self._gathering])]:
+            await asyncio.wait(tasks)
 
-    async def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        while self._waiting:
-            wait_s = min(self._wait_s, _WAITING_SHARE * self._last_s)
-            if len(self._waiting) < self._max_batch and wait_s >= _LEAST_WAIT_S:
-                await asyncio.sleep(wait_s)
-            self._drop_given_up()
-            batch = self._waiting[: self._max_batch]
-            del self._waiting[: self._max_batch]
-            if batch:
-                began_s = perf_counter()
-                await self._answer_batch(loop, batch)
-                self._last_s = perf_counter() - began_s
+    def _go_on(self) -> None:
+        """Begin with what is waiting, if it is time."""
+        if not self._waiting or self._gathering is not None:
+            return
+        if not self._under_way:
+            self._gathering = asyncio.create_task(self._gather())
+        elif len(self._under_way) == 1 and self._last_s <= _LONGEST_AHEAD_S:
+            [size] = self._under_way.values()
+            if len(self._waiting) >= size:
+                self._begin()
+
+    async def _gather(self) -> None:
+        wait_s = min(self._wait_s, _WAITING_SHARE * self._last_s)
+        if len(self._waiting) < self._max_batch and wait_s >= _LEAST_WAIT_S:
+            await asyncio.sleep(wait_s)
+        self._gathering = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._drop_given_up()
+        batch = self._waiting[: self._max_batch]
+        del self._waiting[: self._max_batch]
+        if batch:
+            task = asyncio.create_task(self._answer_batch(batch))
+            self._under_way[task] = len(batch)
+            task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        del self._under_way[task]
+        self._go_on()
 
     def _drop_given_up(self) -> None:
         """Give the places of those who do not wait any more to those who do."""
         self._waiting = [entry for entry in self._waiting if not entry[1].done()]
 
-    async def _answer_batch(
-        self, loop: asyncio.AbstractEventLoop, batch: list[tuple[Q, asyncio.Future[A]]]
-    ) -> None:
+    async def _answer_batch(self, batch: list[tuple[Q, asyncio.Future[A]]]) -> None:
+        began_s = perf_counter()
+        answers: Sequence[A | Exception]
         try:
-            answers = await loop.run_in_executor(
-                self._executor, self._run, [question for question, _ in batch]
-            )
+            answers = await self._run([question for question, _ in batch])
         except Exception as error:  # noqa: BLE001 - belongs to those who wait for the answer
             answers = [error] * len(batch)
+        now_s = perf_counter()
+        self._last_s = now_s - max(began_s, self._ended_s)
+        self._ended_s = now_s
         for answer, (_, future) in zip(answers, batch, strict=True):
             if future.done():
                 continue

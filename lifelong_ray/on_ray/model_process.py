@@ -8,6 +8,7 @@ started it: it ends when the other end of its connection does, however that came
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import pickle
@@ -16,9 +17,9 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import deque
 from contextlib import suppress
-from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from lifelong_ray.config import Config, ImageConfig, Precision, config_from
 from lifelong_ray.feedback import CleanImage, PreparedImage, SentImage
@@ -30,21 +31,23 @@ from lifelong_ray.types import ModelHostGoneError
 logger = logging.getLogger(__name__)
 
 _END_S = 5.0
+_LENGTH_BYTES = 8
+_READ_AHEAD = 16 * 2**20  # Bytes taken in from the process before they are asked for.
 _Wire = tuple[bytes, str | None] | PreparedImage
 
 
 class ModelProcess:
     """A `ModelHost` in a process of its own, which is started when the first version is loaded.
 
-    One thread may answer while another loads. A process that died is started again by the next
-    load; what it held has to be loaded again.
+    One event loop asks while one thread loads. A process that died is started again by the
+    next load; what it held has to be loaded again.
     """
 
     def __init__(self, config: Config, precision: Precision) -> None:
         self._config = config
         self._precision = precision
         self._lock = threading.Lock()  # guards which process it is
-        self._lines: tuple[_Line, _Line] | None = None
+        self._lines: tuple[_AnswerLine, _Line] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._loaded: dict[str, Loaded] = {}
 
@@ -74,8 +77,10 @@ class ModelProcess:
         if lines is not None:
             self._ask(lines[1], "forget", version)
 
-    def answer(self, version: str, images: list[SentImage]) -> list[VersionAnswer | Exception]:
-        """Answer a batch.
+    async def answer(
+        self, version: str, images: list[SentImage]
+    ) -> list[VersionAnswer | Exception]:
+        """Answer a batch, after those that were asked for before.
 
         Raises:
             ModelHostGoneError: If the process ended, now or before.
@@ -84,7 +89,11 @@ class ModelProcess:
         if lines is None:
             raise ModelHostGoneError("the process of the models is being started again")
         sent = [self._wired(version, image) for image in images]
-        found = self._ask(lines[0], "answer", version, sent)
+        try:
+            found = await lines[0].ask("answer", version, sent)
+        except _HungUpError as error:
+            await asyncio.to_thread(self._ended, lines[0], error)
+            raise _gone() from None
         answers: list[VersionAnswer | Exception] = []
         for image, (answer, clean) in zip(images, found, strict=True):
             if clean is not None:
@@ -115,11 +124,13 @@ class ModelProcess:
         self._process = subprocess.Popen(command, pass_fds=descriptors, env=environ)
         for end in theirs:
             end.close()
-        answering, loading = (_Line(Connection(end.detach())) for end in ours)
+        answering, loading = _AnswerLine(ours[0]), _Line(ours[1])
         try:
             loading.ask(self._config.model_dump(mode="json"), self._precision)
-        except (EOFError, OSError):
+        except _HungUpError:
             process = self._process
+            answering.close()
+            loading.close()
             self._end()
             raise ModelHostGoneError(
                 f"the process of the models ended as it started, with exit code "
@@ -142,49 +153,153 @@ class ModelProcess:
     def _ask(self, line: _Line, *question: Any) -> Any:
         try:
             return line.ask(*question)
-        except (EOFError, OSError) as error:
-            with self._lock:
-                if self._lines is not None and line in self._lines:
-                    code = self._process.poll() if self._process is not None else None
-                    logger.error("the process of the models ended (%r, exit code %s)", error, code)
-                    self._end()
-            raise ModelHostGoneError(
-                "the process of the models ended; it is started again"
-            ) from None
+        except _HungUpError as error:
+            self._ended(line, error)
+            raise _gone() from None
+
+    def _ended(self, line: _AnswerLine | _Line, error: Exception) -> None:
+        """Let go of the process at the other end of `line`, unless that is done already."""
+        with self._lock:
+            if self._lines is not None and line in self._lines:
+                code = self._process.poll() if self._process is not None else None
+                logger.error("the process of the models ended (%r, exit code %s)", error, code)
+                self._end()
+
+
+def _gone() -> ModelHostGoneError:
+    return ModelHostGoneError("the process of the models ended; it is started again")
+
+
+class _HungUpError(Exception):
+    """Nobody is at the other end of a line any more."""
+
+
+class _AnswerLine:
+    """Batches to the process and their answers, in the order in which they were asked.
+
+    Belongs to the event loop that asks first. No thread takes part: it would have to wait for the
+    interpreter as soon as an answer is there.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._opening = asyncio.Lock()
+        self._writer: asyncio.StreamWriter | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self._asked: deque[asyncio.Future[Any]] = deque()
+
+    async def ask(self, *question: Any) -> Any:
+        """Return the answer, or raise what went wrong over there.
+
+        Raises:
+            _HungUpError: If the process is gone.
+        """
+        async with self._opening:
+            writer = self._writer or await self._open()
+        if self._listener is None or self._listener.done():
+            raise _HungUpError("the line is closed")
+        answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._asked.append(answered)
+        writer.write(_message(question))  # Who asks bounds how much is under way.
+        return await answered
+
+    def close(self) -> None:
+        """Hang up, from any thread; whoever waits is told."""
+        with suppress(OSError):  # It may be closed already.
+            self._end.shutdown(socket.SHUT_RDWR)
+        if self._listener is None:
+            self._end.close()
+
+    async def _open(self) -> asyncio.StreamWriter:
+        try:
+            reader, writer = await asyncio.open_unix_connection(sock=self._end, limit=_READ_AHEAD)
+        except OSError as error:
+            raise _HungUpError(repr(error)) from None
+        self._writer = writer
+        self._listener = asyncio.create_task(self._listen(reader, writer))
+        return writer
+
+    async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                size = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
+                answer = pickle.loads(await reader.readexactly(size))
+                asked = self._asked.popleft()
+                if asked.done():  # Nobody waits any more.
+                    continue
+                if isinstance(answer, Exception):
+                    asked.set_exception(answer)
+                else:
+                    asked.set_result(answer)
+        except Exception as error:  # noqa: BLE001 - whatever it is, no answer can be told apart now
+            for asked in self._asked:
+                if not asked.done():
+                    asked.set_exception(_HungUpError(repr(error)))
+        finally:
+            writer.close()
 
 
 class _Line:
-    """Questions to the process and its answers, one at a time."""
+    """Questions to the process and its answers, one at a time; every method blocks."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._stream = _stream(end)
         self._lock = threading.Lock()
 
     def ask(self, *question: Any) -> Any:
-        """Return the answer, or raise what went wrong over there."""
-        with self._lock:
-            self._connection.send_bytes(pickle.dumps(question, pickle.HIGHEST_PROTOCOL))
-            answer = pickle.loads(self._connection.recv_bytes())
+        """Return the answer, or raise what went wrong over there.
+
+        Raises:
+            _HungUpError: If the process is gone.
+        """
+        try:
+            with self._lock:
+                _tell(self._stream, question)
+                answer = _heard(self._stream)
+        except (EOFError, OSError, ValueError) as error:  # ValueError: closed at this end.
+            raise _HungUpError(repr(error)) from None
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def close(self) -> None:
         """Hang up, also where somebody is waiting."""
-        with (
-            suppress(OSError),  # There may be nobody any more.
-            socket.socket(fileno=os.dup(self._connection.fileno())) as end,
-        ):
-            end.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # There may be nobody any more.
+            self._end.shutdown(socket.SHUT_RDWR)
         with self._lock:
-            self._connection.close()
+            with suppress(OSError):  # What could not be sent is still in there.
+                self._stream.close()
+            self._end.close()
 
 
-def _serve(answering: Connection, loading: Connection) -> None:
+def _message(value: object) -> bytes:
+    pickled = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    return len(pickled).to_bytes(_LENGTH_BYTES, "big") + pickled
+
+
+def _stream(end: socket.socket) -> BinaryIO:
+    return cast("BinaryIO", end.makefile("rwb"))
+
+
+def _tell(stream: BinaryIO, value: object) -> None:
+    stream.write(_message(value))
+    stream.flush()
+
+
+def _heard(stream: BinaryIO) -> Any:
+    length = stream.read(_LENGTH_BYTES)
+    pickled = stream.read(int.from_bytes(length, "big"))
+    if len(length) < _LENGTH_BYTES or not pickled:
+        raise EOFError("the other end has hung up")
+    return pickle.loads(pickled)
+
+
+def _serve(answering: BinaryIO, loading: BinaryIO) -> None:
     """Answer questions on both lines until the other end hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Meant for the replica, which ends this one.
     logging.basicConfig(level=logging.WARNING)
-    tree, precision = pickle.loads(loading.recv_bytes())
+    tree, precision = _heard(loading)
     config = config_from(tree)
     models = Models(Registry(open_store(config.store)), config.serving, precision)
     _reply(loading, None)
@@ -192,11 +307,11 @@ def _serve(answering: Connection, loading: Connection) -> None:
     _talk(answering, models, config.images)
 
 
-def _talk(line: Connection, models: Models, limits: ImageConfig) -> None:
+def _talk(line: BinaryIO, models: Models, limits: ImageConfig) -> None:
     while True:
         try:
-            verb, *arguments = pickle.loads(line.recv_bytes())
-        except EOFError:
+            verb, *arguments = _heard(line)
+        except (EOFError, OSError):
             os._exit(0)  # The replica is gone, and nobody waits for the other line either.
         try:
             answer = (
@@ -230,12 +345,12 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
-def _reply(line: Connection, answer: object) -> None:
+def _reply(line: BinaryIO, answer: object) -> None:
     try:
-        line.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
+        _tell(line, answer)
     except OSError:
         os._exit(0)
 
 
 if __name__ == "__main__":
-    _serve(*(Connection(int(descriptor)) for descriptor in sys.argv[1:3]))
+    _serve(*(_stream(socket.socket(fileno=int(descriptor))) for descriptor in sys.argv[1:3]))

@@ -6,6 +6,7 @@ should, nor who asks.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -90,7 +91,7 @@ class Loaded:
 
 
 class ModelHost(Protocol):
-    """Loads versions and answers with them; every method blocks."""
+    """Loads versions and answers with them; every method but `answer` blocks."""
 
     def load(self, version: str) -> Loaded:
         """Load a version and warm it up."""
@@ -98,15 +99,38 @@ class ModelHost(Protocol):
     def forget(self, version: str) -> None:
         """Let go of a version."""
 
-    def answer(self, version: str, images: list[SentImage]) -> list[VersionAnswer | Exception]:
+    async def answer(
+        self, version: str, images: list[SentImage]
+    ) -> list[VersionAnswer | Exception]:
         """Answer a batch with a loaded version, or say what is wrong with an image."""
 
     def close(self) -> None:
         """Let go of everything."""
 
 
+class ModelThread:
+    """A `ModelHost` in this process: one thread answers, and who loads lends another."""
+
+    def __init__(self, models: Models) -> None:
+        self.load = models.load
+        self.forget = models.forget
+        self._models = models
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
+
+    async def answer(
+        self, version: str, images: list[SentImage]
+    ) -> list[VersionAnswer | Exception]:
+        """Answer a batch, after those that were asked for before."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._models.answer, version, images)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._models.close()
+
+
 class Models:
-    """A `ModelHost` in this process.
+    """Loaded versions that answer; every method blocks.
 
     Each version answers in the wanted precision if it passed the gate in it, else in fp32.
     One thread may answer while another loads.

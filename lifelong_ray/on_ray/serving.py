@@ -70,7 +70,7 @@ from lifelong_ray.on_ray.http import (
     within,
 )
 from lifelong_ray.on_ray.model_process import ModelProcess
-from lifelong_ray.on_ray.models import ModelHost, Models, VersionAnswer
+from lifelong_ray.on_ray.models import ModelHost, Models, ModelThread, VersionAnswer
 from lifelong_ray.on_ray.open_inference import (
     CLASS,
     EXTENSIONS,
@@ -129,7 +129,7 @@ def model_host(config: Config, store: Store, precision: Precision) -> ModelHost:
     """Return where a replica's models live."""
     if config.serving.model_process:
         return ModelProcess(config, precision)
-    return Models(Registry(store), config.serving, precision)
+    return ModelThread(Models(Registry(store), config.serving, precision))
 
 
 @serve.deployment(name="slot")

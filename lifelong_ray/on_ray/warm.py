@@ -106,7 +106,6 @@ class WarmVersions:
         self.failures: dict[str, str] = {}
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load-version")
         self._preparing = ThreadPoolExecutor(_PREPARING, thread_name_prefix="prepare")
-        self._inference = ThreadPoolExecutor(1, thread_name_prefix="inference")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -180,7 +179,6 @@ class WarmVersions:
                 loaded,
                 Batcher(
                     partial(self._answer, version),
-                    self._inference,
                     max_batch=self._config.max_batch,
                     wait_s=self._config.batch_wait_s,
                     max_queue=self._config.max_queue,
@@ -205,9 +203,11 @@ class WarmVersions:
         self._num_deaths[version] += 1
         return min(_RETRY_AFTER_S * 2.0 ** (self._num_deaths[version] - 1), _LONGEST_WAIT_S)
 
-    def _answer(self, version: str, images: list[SentImage]) -> list[VersionAnswer | Exception]:
+    async def _answer(
+        self, version: str, images: list[SentImage]
+    ) -> list[VersionAnswer | Exception]:
         try:
-            return self._host.answer(version, images)
+            return await self._host.answer(version, images)
         except ModelHostGoneError:
             if version in self._held:  # else it was let go, and the others are still there
                 self._host_gone = True  # and `hold` loads again what is wanted

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from lifelong_ray.on_ray.model_process import ModelProcess
 from lifelong_ray.on_ray.models import Models, VersionAnswer
 from lifelong_ray.release import Registry
 from lifelong_ray.storage import open_store
-from lifelong_ray.types import BadImageError, ModelHostGoneError, VersionError
+from lifelong_ray.types import BadImageError, ModelHostGoneError, StorageError, VersionError
 from tests.unit.on_ray.world import (
     CLASSES,
     FakeSlot,
@@ -52,6 +52,22 @@ def host(config: Config) -> Iterator[ModelProcess]:
     process.close()
 
 
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.Runner]:
+    """The event loop from which the process is asked: one, as in a replica."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+Answer = VersionAnswer | Exception
+Ask = Callable[[ModelProcess, Sequence[SentImage]], list[Answer]]
+
+
+@pytest.fixture
+def ask(loop: asyncio.Runner) -> Ask:
+    return lambda host, images: loop.run(host.answer("v1", list(images)))
+
+
 def sent(name: str, config: Config, seed: int = 0) -> SentImage:
     png = encode_png(make_image(name, np.random.default_rng(seed)))
     return SentImage(png, "image/png", config.images)
@@ -72,14 +88,14 @@ def wait_for_the_end_of(pid: int) -> None:
 
 
 def test_answers_are_those_of_the_same_models_in_this_process(
-    config: Config, host: ModelProcess
+    config: Config, host: ModelProcess, ask: Ask
 ) -> None:
     here = Models(Registry(open_store(config.store)), config.serving)
     assert host.load("v1") == here.load("v1")
 
     images = [sent(name, config) for name in CLASSES]
     pixels = SentImage.of(make_image("top", np.random.default_rng(9)))
-    answers = host.answer("v1", [*images, pixels])
+    answers = ask(host, [*images, pixels])
 
     expected = here.answer("v1", [*(sent(name, config) for name in CLASSES), pixels])
     for answer, alike in zip(answers, expected, strict=True):
@@ -93,18 +109,18 @@ def test_answers_are_those_of_the_same_models_in_this_process(
     assert [i.clean().content_hash for i in images] == [
         sent(name, config).clean().content_hash for name in CLASSES
     ]
-    [again] = host.answer("v1", [sent("top", config)])
+    [again] = ask(host, [sent("top", config)])
     assert isinstance(again, VersionAnswer)
     assert again.cached
 
 
 def test_what_is_wrong_with_one_image_is_told_about_it_alone(
-    config: Config, host: ModelProcess
+    config: Config, host: ModelProcess, ask: Ask
 ) -> None:
     host.load("v1")
     bad = SentImage(b"no image", None, config.images)
 
-    first, second = host.answer("v1", [bad, sent("low", config, seed=4)])
+    first, second = ask(host, [bad, sent("low", config, seed=4)])
 
     assert isinstance(first, BadImageError)
     assert (first.code, first.status) == ("not_an_image", 400)
@@ -113,17 +129,17 @@ def test_what_is_wrong_with_one_image_is_told_about_it_alone(
 
 
 def test_an_unknown_version_cannot_be_loaded_and_harms_nothing(
-    config: Config, host: ModelProcess
+    config: Config, host: ModelProcess, ask: Ask
 ) -> None:
     host.load("v1")
     with pytest.raises(VersionError, match="v9"):
         host.load("v9")
-    [answer] = host.answer("v1", [sent("low", config)])
+    [answer] = ask(host, [sent("low", config)])
     assert isinstance(answer, VersionAnswer)
 
 
 def test_a_killed_process_says_so_and_the_next_load_starts_another(
-    config: Config, host: ModelProcess
+    config: Config, host: ModelProcess, ask: Ask
 ) -> None:
     host.load("v1")
     killed = host.pid
@@ -131,18 +147,18 @@ def test_a_killed_process_says_so_and_the_next_load_starts_another(
     os.kill(killed, signal.SIGKILL)
 
     with pytest.raises(ModelHostGoneError):
-        host.answer("v1", [sent("low", config)])
+        ask(host, [sent("low", config)])
     with pytest.raises(ModelHostGoneError):
-        host.answer("v1", [sent("low", config)])
+        ask(host, [sent("low", config)])
 
     host.load("v1")
     assert host.pid not in (None, killed)
-    [answer] = host.answer("v1", [sent("low", config)])
+    [answer] = ask(host, [sent("low", config)])
     assert isinstance(answer, VersionAnswer)
 
 
 def test_a_front_whose_models_are_killed_answers_again_by_itself(
-    config: Config, host: ModelProcess
+    config: Config, host: ModelProcess, loop: asyncio.Runner
 ) -> None:
     store = open_store(config.store)
 
@@ -180,7 +196,7 @@ def test_a_front_whose_models_are_killed_answers_again_by_itself(
         finally:
             front.close()
 
-    asyncio.run(play())
+    loop.run(play())
 
 
 def test_the_process_ends_with_the_one_that_started_it(config: Config) -> None:
@@ -203,7 +219,7 @@ time.sleep(60)
     wait_for_the_end_of(child)
 
 
-def test_closing_ends_the_process_and_may_be_done_twice(config: Config) -> None:
+def test_closing_ends_the_process_and_may_be_done_twice(config: Config, ask: Ask) -> None:
     host = ModelProcess(config, "fp32")
     host.close()
     host.load("v1")
@@ -215,7 +231,7 @@ def test_closing_ends_the_process_and_may_be_done_twice(config: Config) -> None:
 
     assert not is_alive(pid)
     with pytest.raises(ModelHostGoneError):
-        host.answer("v1", [sent("low", config)])
+        ask(host, [sent("low", config)])
 
 
 def test_a_process_that_cannot_start_says_so_and_leaves_nothing_behind(
@@ -236,7 +252,7 @@ def test_a_process_that_cannot_start_says_so_and_leaves_nothing_behind(
 
 @pytest.mark.parametrize("moment", ["load", "forget"])
 def test_a_process_that_is_killed_at_any_moment_is_started_again(
-    config: Config, host: ModelProcess, moment: str
+    config: Config, host: ModelProcess, ask: Ask, moment: str
 ) -> None:
     for _ in range(2):
         host.load("v1")
@@ -246,12 +262,12 @@ def test_a_process_that_is_killed_at_any_moment_is_started_again(
             getattr(host, moment)("v1")
 
     host.load("v1")
-    [answer] = host.answer("v1", [sent("low", config)])
+    [answer] = ask(host, [sent("low", config)])
     assert isinstance(answer, VersionAnswer)
 
 
 def test_a_process_that_was_started_by_another_load_does_not_pretend_to_hold_the_rest(
-    config: Config, host: ModelProcess
+    config: Config, host: ModelProcess, ask: Ask
 ) -> None:
     host.load("v1")
     assert host.pid is not None
@@ -261,4 +277,76 @@ def test_a_process_that_was_started_by_another_load_does_not_pretend_to_hold_the
             host.load("v9")
 
     with pytest.raises(ModelHostGoneError, match="v1 is not held"):
-        host.answer("v1", [sent("low", config)])
+        ask(host, [sent("low", config)])
+
+
+def test_batches_that_are_asked_ahead_are_answered_in_their_order(
+    config: Config, host: ModelProcess, loop: asyncio.Runner
+) -> None:
+    host.load("v1")
+
+    async def play() -> list[list[Answer]]:
+        asked = [host.answer("v1", [sent(name, config, seed=5)]) for name in CLASSES]
+        bad = host.answer("v1", [SentImage(b"no image", None, config.images)])
+        return await asyncio.gather(asked[0], bad, *asked[1:])
+
+    first, bad, *rest = loop.run(play())
+    assert isinstance(bad[0], BadImageError)
+    found = [answer.class_name for [answer] in (first, *rest) if isinstance(answer, VersionAnswer)]
+    assert found == list(CLASSES)
+
+
+def test_whoever_waits_is_told_when_the_process_ends(
+    config: Config, host: ModelProcess, loop: asyncio.Runner
+) -> None:
+    host.load("v1")
+    assert host.pid is not None
+    os.kill(host.pid, signal.SIGSTOP)
+
+    async def play() -> list[list[Answer] | BaseException]:
+        # More than the connection holds, so that part of it is still here.
+        many = [SentImage.of(np.full((64, 64, 3), shade, np.uint8)) for shade in range(200)]
+        asked = [asyncio.ensure_future(host.answer("v1", many)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        assert host.pid is not None
+        os.kill(host.pid, signal.SIGKILL)
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    assert [type(told) for told in loop.run(play())] == [ModelHostGoneError] * 3
+    assert host.pid is None
+
+
+def test_large_batches_go_there_and_back(
+    config: Config, host: ModelProcess, loop: asyncio.Runner, ask: Ask
+) -> None:
+    host.load("v1")
+    rng = np.random.default_rng(0)
+    large = [rng.integers(0, 256, (700, 700, 3), dtype=np.uint8) for _ in range(8)]
+    images = [SentImage(encode_png(pixels), "image/png", config.images) for pixels in large]
+
+    answers = ask(host, images)
+
+    assert all(isinstance(answer, VersionAnswer) for answer in answers)
+    for image, pixels in zip(images, large, strict=True):
+        assert np.array_equal(image.clean().pixels, pixels)
+
+
+def test_a_version_whose_files_cannot_be_read_does_not_cost_the_others_their_process(
+    config: Config, host: ModelProcess, ask: Ask
+) -> None:
+    host.load("v1")
+    pid = host.pid
+    registry = Registry(open_store(config.store))
+    manifest, files = registry.load("v1")
+    registry.register(manifest.model_copy(update={"version": "v8", "files": {}}), files)
+    folder = Path(config.store.url) / "versions" / "v8"
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+        file.symlink_to(file)
+
+    with pytest.raises(StorageError, match="v8"):
+        host.load("v8")
+
+    assert host.pid == pid
+    [answer] = ask(host, [sent("low", config, seed=6)])
+    assert isinstance(answer, VersionAnswer)

@@ -7,7 +7,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,6 +49,15 @@ def values_of(answers: list[int | BaseException]) -> list[int]:
     return [answer if isinstance(answer, int) else -1 for answer in answers]
 
 
+def in_thread(
+    run: Callable[[list[int]], Any], executor: ThreadPoolExecutor
+) -> Callable[[list[int]], Awaitable[Any]]:
+    async def asked(numbers: list[int]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(executor, run, numbers)
+
+    return asked
+
+
 def make(
     executor: ThreadPoolExecutor,
     run: Callable[[list[int]], Any],
@@ -56,7 +65,7 @@ def make(
     wait_s: float = 0.01,
     queue: int = 99,
 ) -> Batcher[int, int]:
-    return Batcher(run, executor, max_batch=8, wait_s=wait_s, max_queue=queue)
+    return Batcher(in_thread(run, executor), max_batch=8, wait_s=wait_s, max_queue=queue)
 
 
 def test_requests_that_arrive_together_share_batches_and_keep_their_order(
@@ -149,7 +158,7 @@ def test_requests_that_were_given_up_keep_no_place_in_the_queue_nor_in_a_batch(
         return await asyncio.gather(first, *others, return_exceptions=True)
 
     assert values_of(asyncio.run(give_many_up())) == [1, *range(3, 11)]
-    assert model.batch_sizes == [1, 8]
+    assert model.batch_sizes == [1, 1, 8]  # the one in the middle was begun before it was given up
 
 
 def test_the_event_loop_goes_on_while_the_model_works(executor: ThreadPoolExecutor) -> None:
@@ -202,3 +211,67 @@ def test_a_batch_waits_for_others_by_what_the_model_takes(
 
     asyncio.run(ask_again_one_after_the_other())
     assert model.batch_sizes == sizes
+
+
+class Worker:
+    """Answers a batch when it is told to; remembers what it was asked, in order."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+        self._answered: list[asyncio.Future[list[int]]] = []
+
+    async def __call__(self, numbers: list[int]) -> list[int]:
+        self.asked.append(numbers)
+        self._answered.append(asyncio.get_running_loop().create_future())
+        return await self._answered[-1]
+
+    async def finish(self, batch: int) -> None:
+        self._answered[batch].set_result(self.asked[batch])
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+
+async def put(batcher: Batcher[int, int], *numbers: int) -> list[asyncio.Task[int]]:
+    tasks = [asyncio.create_task(batcher.answer(number)) for number in numbers]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return tasks
+
+
+def test_a_second_batch_is_handed_over_ahead_once_it_is_as_large_as_the_first() -> None:
+    async def play() -> list[list[int]]:
+        worker = Worker()
+        batcher = Batcher(worker, max_batch=8, wait_s=0, max_queue=99)
+        tasks = await put(batcher, 1, 2)
+        tasks += await put(batcher, 3)
+        assert worker.asked == [[1, 2]]
+        tasks += await put(batcher, 4)
+        assert worker.asked == [[1, 2], [3, 4]]
+        tasks += await put(batcher, 5, 6, 7)
+        assert worker.asked == [[1, 2], [3, 4]]  # never a third
+        await worker.finish(0)
+        assert worker.asked == [[1, 2], [3, 4], [5, 6, 7]]
+        await worker.finish(1)
+        await worker.finish(2)
+        assert await asyncio.gather(*tasks) == [1, 2, 3, 4, 5, 6, 7]
+        return worker.asked
+
+    asyncio.run(play())
+
+
+def test_batches_that_take_long_are_not_cut_in_two_by_going_ahead() -> None:
+    async def play() -> None:
+        worker = Worker()
+        batcher = Batcher(worker, max_batch=8, wait_s=0, max_queue=99)
+        tasks = await put(batcher, 1)
+        await asyncio.sleep(0.05)
+        await worker.finish(0)
+        tasks += await put(batcher, 2)
+        tasks += await put(batcher, 3, 4, 5)
+        assert worker.asked == [[1], [2]]
+        await worker.finish(1)
+        assert worker.asked == [[1], [2], [3, 4, 5]]
+        await worker.finish(2)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(play())

@@ -40,7 +40,7 @@ from lifelong_ray.on_ray.front import (
     clean_reason,
     each,
 )
-from lifelong_ray.on_ray.models import Models, VersionAnswer
+from lifelong_ray.on_ray.models import Models, ModelThread, VersionAnswer
 from lifelong_ray.release import Arm, Experiment, Registry, ReleaseDesk, Rollout
 from lifelong_ray.types import (
     BadImageError,
@@ -146,7 +146,7 @@ async def running(
         config or settings(),
         store,
         SECRETS,
-        Models(Registry(store), (config or settings()).serving),
+        ModelThread(Models(Registry(store), (config or settings()).serving)),
         slot,
         book,
         now_s=time.time,
@@ -803,7 +803,7 @@ def test_a_front_goes_on_following_after_a_heartbeat_failed(store: MemoryStore) 
             settings(),
             store,
             SECRETS,
-            Models(Registry(store), settings().serving),
+            ModelThread(Models(Registry(store), settings().serving)),
             slot,
             book,
             now_s=time.time,

@@ -14,7 +14,7 @@ import pytest
 from lifelong_ray.config import Config, Precision
 from lifelong_ray.feedback import SentImage
 from lifelong_ray.on_ray import models
-from lifelong_ray.on_ray.models import Loaded, Models, VersionAnswer
+from lifelong_ray.on_ray.models import Loaded, Models, ModelThread, VersionAnswer
 from lifelong_ray.on_ray.warm import WarmVersions
 from lifelong_ray.release import Registry
 from lifelong_ray.types import LearningError, ModelHostGoneError
@@ -37,7 +37,7 @@ def held(
     store: MemoryStore, config: Config, precision: Precision, versions: Sequence[str] = ("v1",)
 ) -> WarmVersions:
     async def load() -> WarmVersions:
-        host = Models(Registry(store), config.serving, precision)
+        host = ModelThread(Models(Registry(store), config.serving, precision))
         warmed = WarmVersions(host, config.serving, now_s=lambda: 0.0)
         warmed.hold(versions)
         await warmed.settled()
@@ -143,8 +143,10 @@ class FakeHost:
     def forget(self, version: str) -> None:
         self.held.discard(version)
 
-    def answer(self, version: str, images: list[SentImage]) -> list[VersionAnswer | Exception]:
-        self.may_answer.wait(10)
+    async def answer(
+        self, version: str, images: list[SentImage]
+    ) -> list[VersionAnswer | Exception]:
+        await asyncio.to_thread(self.may_answer.wait, 10)
         if version not in self.held:
             raise ModelHostGoneError(f"{version} is not held")
         return [VersionAnswer(version, ("a", "b"), (0.25, 0.75), 1.0) for _ in images]
