@@ -28,6 +28,7 @@ from lifelong_ray.feedback import (
     pseudonym,
     uuid7,
 )
+from lifelong_ray.on_ray.copies import Copies, Slot
 from lifelong_ray.on_ray.models import ModelHost, VersionAnswer
 from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
 from lifelong_ray.release import (
@@ -73,7 +74,7 @@ class Served:
     audit: bool
 
 
-class CandidateSlot(Protocol):
+class CandidateSlot(Slot, Protocol):
     """The deployment that holds a candidate by itself."""
 
     async def ask(self, version: str, image: CleanImage) -> VersionAnswer:
@@ -134,9 +135,9 @@ class Front:
         self._by_arm: dict[str, tuple[int, ...]] = {}
         self._comparing: set[asyncio.Task[None]] = set()
         self._comparing_bytes = 0
-        # Halved by each copy that got no answer, one more for each that did: a slot that stalls
-        # is asked by one copy at a time, since to give up many at once would hold up the front.
-        self._copies_at_once = config.serving.shadow_queue
+        self._copies = Copies(
+            slot, most=config.serving.max_batch, timeout_s=config.serving.slot_timeout_s
+        )
         self.dropped_comparisons = 0
         self.document = ReleaseDocument()
         self._follower: asyncio.Task[None] | None = None
@@ -355,16 +356,17 @@ class Front:
     ) -> VersionAnswer:
         if document.experiment is not None:
             return await self._ask_held(version, image)  # no slot holds an arm
-        in_process = (
-            document.rollout is not None
-            and document.rollout.weight > self._config.rollout.slot_max_weight
-        )
-        if in_process and version in self._warm.names:
+        if self._answers_in_process(document, version):
             return await self._ask_held(version, image)
         clean = image.clean() if image.is_clean else await self._in_thread(image.clean)
         timeout_s = self._config.serving.slot_timeout_s
         asked = asyncio.wait_for(self._slot.ask(version, clean), timeout_s)
         return await self._counted(version, asked)
+
+    def _answers_in_process(self, document: ReleaseDocument, version: str) -> bool:
+        rollout = document.rollout
+        is_large = rollout is not None and rollout.weight > self._config.rollout.slot_max_weight
+        return is_large and version in self._warm.names
 
     async def _counted(self, version: str, asked: Awaitable[VersionAnswer]) -> VersionAnswer:
         counter = self._counters.get
@@ -386,7 +388,7 @@ class Front:
     def _compare_later(self, document: ReleaseDocument, served: Served, image: CleanImage) -> None:
         bytes_then = self._comparing_bytes + image.pixels.nbytes
         if (
-            len(self._comparing) >= self._copies_at_once
+            len(self._comparing) >= self._config.serving.shadow_queue
             or bytes_then > self._config.feedback.max_queue_bytes
         ):
             self.dropped_comparisons += 1
@@ -406,21 +408,20 @@ class Front:
         assert rollout is not None
         stable, candidate = served.answer, None
         try:
-            sent = SentImage.of(image)
             if served.variant == "candidate":
+                sent = SentImage.of(image)
                 stable, candidate = await self._ask_held(str(document.stable), sent), stable
+            elif self._answers_in_process(document, rollout.candidate):
+                candidate = await self._ask_held(rollout.candidate, SentImage.of(image))
             else:
-                candidate = await self._ask_candidate(document, rollout.candidate, sent)
-                most = self._config.serving.shadow_queue
-                self._copies_at_once = min(most, self._copies_at_once + 1)
+                asked = self._copies.ask(rollout.candidate, image)
+                candidate = await self._counted(rollout.candidate, asked)
         except Exception as error:  # noqa: BLE001 - a comparison may never hurt the front
-            if served.variant != "candidate":
-                self._copies_at_once = max(1, self._copies_at_once // 2)
             if served.variant == "candidate" or isinstance(error, OverloadedError):
                 self.dropped_comparisons += 1
-                logger.warning("comparison dropped: %r", error)
+                logger.debug("comparison dropped: %r", error)
                 return
-            logger.warning("candidate %s did not answer: %r", rollout.candidate, error)
+            logger.debug("candidate %s did not answer: %r", rollout.candidate, error)
         self.log.log_comparison(
             Comparison(
                 request_id=served.request_id,

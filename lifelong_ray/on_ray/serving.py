@@ -16,6 +16,7 @@ import os
 import random
 import socket
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -155,6 +156,14 @@ class Slot:
         """Answer with `version`, which must be warm."""
         return await self._warm.get(version).answer(SentImage.of(image))
 
+    async def ask_together(
+        self, version: str, images: list[CleanImage]
+    ) -> list[VersionAnswer | BaseException]:
+        """Answer several images, or say for each what is wrong."""
+        return await asyncio.gather(
+            *(self.ask(version, image) for image in images), return_exceptions=True
+        )
+
     async def _follow_once(self) -> None:
         document, _ = await asyncio.to_thread(self._desk.read)
         wanted = document.rollout if needs_slot(document, self._config.rollout) else None
@@ -185,6 +194,14 @@ class _SlotClient:
     async def ask(self, version: str, image: CleanImage) -> VersionAnswer:
         answer: VersionAnswer = await self._handle.ask.remote(version, image)
         return answer
+
+    async def ask_together(
+        self, version: str, images: Sequence[CleanImage]
+    ) -> list[VersionAnswer | Exception]:
+        answers: list[VersionAnswer | Exception] = await self._handle.ask_together.remote(
+            version, images
+        )
+        return answers
 
 
 class _ControllerClient:

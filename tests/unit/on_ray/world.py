@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -140,6 +140,7 @@ class FakeSlot:
     def __init__(self, reply: Callable[[str, CleanImage], VersionAnswer] | Exception) -> None:
         self._reply = reply
         self.num_asked = 0
+        self.num_calls = 0
         self.open = asyncio.Event()
         self.open.set()
 
@@ -149,6 +150,12 @@ class FakeSlot:
         if isinstance(self._reply, Exception):
             raise self._reply
         return self._reply(version, image)
+
+    async def ask_together(
+        self, version: str, images: Sequence[CleanImage]
+    ) -> list[VersionAnswer | Exception]:
+        self.num_calls += 1
+        return await asyncio.gather(*(self.ask(version, image) for image in images))
 
 
 class ReportBook:
