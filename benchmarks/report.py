@@ -17,6 +17,7 @@ import typer
 from common import table
 from matplotlib import pyplot as plt
 from report_parts import OTHERS, OURS, said, save, worded
+from report_release import release_sections
 from report_serving import serving_sections
 
 _INTRO = """# Benchmarks
@@ -77,14 +78,6 @@ A thousand random training images are taken out of the analytic head's sums, and
 compared with one that was never given them, in float64. `one image` is the live head, which takes
 a single image out without solving anew.
 """
-_EVIDENCE = """## False decisions of a rollout
-
-Simulated rollouts of known truth under the default settings, judged after every label, as the
-controller judges them at every look. A false decision promotes a candidate that loses the margin or
-more, or takes back one that does not; its share is to stay below alpha, however often one looks.
-Agreement is the share of requests on which both versions are right or both wrong. The median is
-that of the labels, or corrections, after which half of the streams had decided.
-"""
 
 
 def main(
@@ -109,7 +102,7 @@ def main(
         if runs:
             parts.append(f"\n{intro}")
         parts += [_cost(run, rows_of(run), columns) for run in runs]
-    parts += serving_sections(results, docs)
+    parts += [*serving_sections(results, docs), *release_sections(results)]
     (docs / "benchmarks.md").write_text("\n".join(parts), encoding="utf-8")
     print(f"written {docs / 'benchmarks.md'}")
 
@@ -309,22 +302,6 @@ def _unlearning_rows(report: dict[str, Any]) -> list[list[object]]:
     ]
 
 
-def _evidence_rows(report: dict[str, Any]) -> list[list[object]]:
-    return [
-        [
-            one["evidence"],
-            one["truth"],
-            "" if one["agreement"] is None else f"{one['agreement']:.2f}",
-            *(
-                f"**{one[kind]:.3f}**" if one["is_false"] == kind else f"{one[kind]:.3f}"
-                for kind in ("promoted", "aborted", "undecided")
-            ),
-            "-" if one["median_labels"] is None else f"{one['median_labels']:,.0f}",
-        ]
-        for one in report["outcomes"]
-    ]
-
-
 def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.0e}"
 
@@ -353,20 +330,6 @@ _COSTS = (
         _UNLEARNING,
         _unlearning_rows,
         ("seed", "largest difference", "erasing, s", "one image, ms", "learning anew, s"),
-    ),
-    (
-        "release_evidence",
-        _EVIDENCE,
-        _evidence_rows,
-        (
-            "evidence",
-            "candidate",
-            "agreement",
-            "promoted",
-            "aborted",
-            "undecided",
-            "median labels",
-        ),
     ),
 )
 

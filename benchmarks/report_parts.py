@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +38,25 @@ def save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure, or that there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+Section = tuple[str, str, Callable[[dict[str, Any]], str]]
+
+
+def sections(results: Path, wanted: Sequence[Section]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Name, figures and text of each section whose result is there.
+
+    Args:
+        results: Folder of JSON files.
+        wanted: Of each the file's name, what stands above the figures, and what makes text of them.
+    """
+    for name, intro, section in wanted:
+        path = results / f"{name}.json"
+        if path.exists():
+            report = json.loads(path.read_text(encoding="utf-8"))
+            yield name, report, f"\n{intro}\n{said(report['setup'])}\n\n{section(report)}\n"

@@ -1,17 +1,16 @@
-"""The sections of the report, and the picture, on what serves, releases and answers."""
+"""The sections of the report, and the picture, on serving, and on what makes it faster."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from common import table
 from matplotlib import pyplot as plt
-from report_parts import OTHERS, OURS, said, save
+from report_parts import OTHERS, OURS, number, save, sections
 
-_BARE, _OTHER, _LIGHT = "#a9c1da", "#9a9a9a", "#404040"
+_BARE, _OTHER, _SPREAD = "#a9c1da", "#8a8a8a", "#303030"
 _PICTURE = "images/serving.png"
 _MOST_ACCOUNT, _LEAST_OF_TORCH = 0.1, 0.9
 _TITLES = {
@@ -41,12 +40,10 @@ taken out, and its images not sent back for the log; no rollout is under way, so
 the cheap case. Figures are medians of rounds, which are interleaved; in brackets the lowest and the
 highest round. `torch` is the model alone on batches of 32, without a server.
 """
-_RELEASE = """## Releases under load
+_THREAD = """## Models beside the event loop
 
-Requests to a tiny model in an open loop, at a share of the capacity found before, while versions
-are promoted and rolled back, and while the slot of a shadow is stopped with a signal. Every answer
-is checked to be of one version: its class, version and request id agree. Percentiles of `steady`
-are of the stretches between changes in the same run.
+The same application with its models in a process of their own, as it is by default, and on a thread
+of the front's process (`serving.model_process: false`).
 """
 _PRECISION = """## Serving precision
 
@@ -74,14 +71,11 @@ def serving_sections(results: Path, docs: Path) -> Iterator[str]:
         results: Folder of JSON files.
         docs: Folder of the report.
     """
-    for name, intro, section in _SECTIONS:
-        path = results / f"{name}.json"
-        if path.exists():
-            report = json.loads(path.read_text(encoding="utf-8"))
-            yield f"\n{intro}\n{said(report['setup'])}\n\n{section(report)}\n"
-            if name == "serving":
-                _draw(report, docs / _PICTURE)
-                yield f"![Requests per second and latency of every server]({_PICTURE})\n"
+    for name, report, text in sections(results, _SECTIONS):
+        yield text
+        if name == "serving":
+            _draw(report, docs / _PICTURE)
+            yield f"![Requests per second and latency of every server]({_PICTURE})\n"
 
 
 # -- serving ---------------------------------------------------------------------------
@@ -95,6 +89,20 @@ def _serving(report: dict[str, Any]) -> str:
             parts.append(f"`torch`: {_spread(alone, 'images_per_s')} images/s.")
     parts += ["### Ours against the others", _ratios_table(report), _verdict(report)]
     parts += _skipped(report)
+    return "\n\n".join(parts)
+
+
+def _thread(report: dict[str, Any]) -> str:
+    parts = [_servers_table(servers) for servers in report["cases"].values()]
+    gains = [
+        f"{its['requests_over_lifelong_ray_thread']:.1f} at {count}"
+        for _, count, its in _ratios(report)
+        if its.get("requests_over_lifelong_ray_thread") is not None
+    ]
+    parts.append(
+        f"The process answers this many times the requests, by connections: {', '.join(gains)}. It "
+        "costs the memory of one more process with PyTorch."
+    )
     return "\n\n".join(parts)
 
 
@@ -135,8 +143,8 @@ def _ratios_table(report: dict[str, Any]) -> str:
             case,
             count,
             *(
-                f"{_number(its.get(f'requests_over_{name}'))} / "
-                f"{_number(its.get(f'p99_over_{name}'))}"
+                f"{number(its.get(f'requests_over_{name}'))} / "
+                f"{number(its.get(f'p99_over_{name}'))}"
                 for name in others
             ),
             _percent(its.get("account_share")),
@@ -234,53 +242,69 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     for (case, key), panels in zip(rows, grid, strict=True):
         for count, axes in zip(counts, panels, strict=True):
             _panel(axes, cases[case], str(count), key)
-            axes.set_title(f"{count} connection{'s' if count > 1 else ''}", fontsize=8)
+            # The empty line is for the title of the row.
+            axes.set_title(f"\n{count} connection{'s' if count > 1 else ''}", fontsize=8)
             if axes is not panels[0]:
                 axes.set_yticklabels([])
-        what = {"requests_per_s": "requests/s", "p99_ms": "p99 latency, ms"}[key]
-        panels[0].set_title(
-            f"{_TITLES.get(case, case)}: {what}\n1 connection", fontsize=9, loc="left"
-        )
+        what = "p99 latency, ms" if key == "p99_ms" else "requests/s"
+        if case not in tiny:
+            what += "; red: the model alone, dotted nine tenths of it"
+        _above(panels[0], f"{_TITLES.get(case, case)}: {what}")
     rounds = report["setup"]["rounds"]
     shown = f"median of {rounds} rounds; lines: lowest to highest" if rounds > 1 else "one round"
     figure.supxlabel(f"bars: {shown}", fontsize=8)
     save(figure, path)
 
 
+def _above(axes: Any, title: str) -> None:
+    """Write over a whole row, which the layout would give to its first panel."""
+    axes.annotate(
+        title,
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 17),
+        textcoords="offset points",
+        fontsize=9,
+    ).set_in_layout(False)
+
+
 def _panel(axes: Any, servers: Mapping[str, Any], count: str, key: str) -> None:
     shown = [name for name in _NAMES if count in servers.get(name, {}).get("connections", {})]
     figures = {name: servers[name]["connections"][count] for name in reversed(shown)}
     colours = {"lifelong_ray": OURS, "lifelong_ray_bare": _BARE}
+    lines = [] if _is_tiny(servers) else [1.0, _LEAST_OF_TORCH]
     top = 0.0
     for place, (name, its) in enumerate(figures.items()):
         if its[key] is None:
             continue
         found = [value for value in its[f"rounds_{key}"] if value is not None]
         axes.barh(place, its[key], color=colours.get(name, _OTHER), height=0.75)
-        axes.plot([min(found), max(found)], [place, place], color=_LIGHT, linewidth=1)
+        axes.plot([min(found), max(found)], [place, place], color=_SPREAD, linewidth=1)
         label = f"{its[key]:,.0f}" if its[key] >= 10 else f"{its[key]:.1f}"
         axes.annotate(
             label,
-            (max(found), place),
+            (0 if lines else max(found), place),  # beside the bar, unless lines go there
             textcoords="offset points",
             xytext=(3, 0),
             va="center",
             fontsize=7,
+            color="white" if lines and name != "lifelong_ray_bare" else "black",
         )
         top = max(top, *found)
-    if (alone := servers.get("torch")) and not _is_tiny(servers):
-        for share, style in ((1.0, "-"), (_LEAST_OF_TORCH, ":")):
-            at = share * alone["images_per_s"]
-            axes.axvline(at, color=OTHERS, linestyle=style, linewidth=1)
-            top = max(top, at)
+    for share in lines:
+        at = share * servers["torch"]["images_per_s"]
+        axes.axvline(at, color=OTHERS, linestyle="-" if share == 1 else ":", linewidth=1)
+        top = max(top, at)
     axes.set_yticks(range(len(figures)), [_NAMES[name] for name in figures], fontsize=7)
-    axes.set_xlim(0, 1.18 * top)
+    axes.set_xlim(0, (1.05 if lines else 1.18) * top)
     axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _is_tiny(servers: Mapping[str, Any]) -> bool:
     """Whether the model alone is so fast that its line would be far outside."""
+    if "torch" not in servers:
+        return True
     best = max(
         (
             its["requests_per_s"] or 0
@@ -293,38 +317,6 @@ def _is_tiny(servers: Mapping[str, Any]) -> bool:
 
 
 # -- the others ------------------------------------------------------------------------
-
-
-def _release(report: dict[str, Any]) -> str:
-    changes, stall = report["changes"], report["stalled_shadow"]
-    rows = [
-        ["promotions", changes["promotions"], _number(changes["p99_promotion_ms"], 1)],
-        ["rollbacks", changes["rollbacks"], _number(changes["p99_rollback_ms"], 1)],
-        ["steady, between them", "-", _number(changes["p99_steady_ms"], 1)],
-        [
-            "shadow's slot stalled",
-            len(stall["dropped_copies"]),
-            _number(stall["p99_stalled_ms"], 1),
-        ],
-        ["alone, between stalls", "-", _number(stall["p99_alone_ms"], 1)],
-    ]
-    steady = changes["stretches_p99_ms"]["steady"]
-    requests, failed = (changes[key] + stall[key] for key in ("requests", "failed"))
-    return "\n\n".join(
-        [
-            table(("stretches", "number", "p99, ms"), rows),
-            f"Of {requests:,} requests {failed:,} failed or were answered inconsistently. From the "
-            f"wish until the front followed, a promotion took {changes['promotion_s']:.1f} s and a "
-            f"rollback {changes['rollback_s']:.1f} s. p99 around promotions was "
-            f"{changes['p99_promotion_over_steady']:.2f} times, around rollbacks "
-            f"{changes['p99_rollback_over_steady']:.2f} times that between changes, and "
-            f"{stall['p99_stalled_over_alone']:.2f} times while the slot stalled. At "
-            f"{changes['requests_per_s']:,.0f} requests/s on a machine that the client shares, p99 "
-            f"of single steady stretches goes from {min(steady):.0f} to {max(steady):.0f} ms, so "
-            "that a difference smaller than this is not shown. One machine: changes over several "
-            "nodes were not measured.",
-        ]
-    )
 
 
 def _precision(report: dict[str, Any]) -> str:
@@ -430,18 +422,13 @@ def _image_log(report: dict[str, Any]) -> str:
     )
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f}"
 
 
-Section = Callable[[dict[str, Any]], str]
-_SECTIONS: tuple[tuple[str, str, Section], ...] = (
+_SECTIONS = (
     ("serving", _SERVING, _serving),
-    ("release_load", _RELEASE, _release),
+    ("serving_thread", _THREAD, _thread),
     ("serving_precision", _PRECISION, _precision),
     ("cascade", _CASCADE, _cascade),
     ("image_log", _IMAGE_LOG, _image_log),

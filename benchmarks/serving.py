@@ -7,7 +7,10 @@ round; rounds are interleaved, so that whatever slows the machine slows all of t
 `load.py`: a closed loop, in this process, which sends every image once. What is served is one
 version from lifelong_ray's registry; ours runs with everything on: assignment, log, metrics, and a
 rollout controller. `lifelong_ray_bare` is ours without the first three, which says what they cost;
-`lifelong_ray_thread`, asked for by name, has its models on a thread of the front's process.
+`lifelong_ray_thread`, asked for by name, has its models on a thread of the front's process:
+
+    python benchmarks/serving.py --servers lifelong_ray,lifelong_ray_thread,ray --cases tiny-png \
+        --connections 16,64 --out benchmarks/results/serving_thread.json
 
 `make peers` makes the environments of the other servers; one that is missing is left out and said
 so.

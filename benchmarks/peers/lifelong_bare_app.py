@@ -67,10 +67,20 @@ model_process.__name__ = _MODULE  # what `python -m` is given for the process of
 
 
 def app(args: dict[str, str]) -> Any:
-    """Build the application, as serve_app does."""
-    from serve_app import app as whole  # noqa: PLC0415 - made of the classes that stand above
+    """Build the application, as serve_app does.
 
-    return whole(args)
+    Raises:
+        RuntimeError: If it would be made of other classes than those above.
+    """
+    import serve_app  # noqa: PLC0415 - once those above are in place
+    from lifelong_ray.on_ray import serving  # noqa: PLC0415 - as above
+
+    if serving.Front is not AnsweringFront or serving.metrics.FrontMetrics is not NoMetrics:
+        raise RuntimeError(
+            "the deployments are made of other classes; import this module before "
+            "lifelong_ray.on_ray.serving"
+        )
+    return serve_app.app(args)
 
 
 if __name__ == "__main__":
