@@ -147,7 +147,7 @@ def _ratios_table(report: dict[str, Any]) -> str:
                 f"{number(its.get(f'p99_over_{name}'))}"
                 for name in others
             ),
-            _percent(its.get("account_share")),
+            _account(its),
             _percent(its.get("share_of_torch")) if case.startswith("resnet") else "-",
         ]
         for case, count, its in _ratios(report)
@@ -420,6 +420,12 @@ def _image_log(report: dict[str, Any]) -> str:
             "larger photographs come to was not measured.",
         ]
     )
+
+
+def _account(its: Mapping[str, float | None]) -> str:
+    """What log, assignment and metrics cost, with the lowest and highest round."""
+    shares = [its.get(f"account_share{which}") for which in ("", "_lowest", "_highest")]
+    return "-" if shares[0] is None else "{} ({} to {})".format(*map(_percent, shares))
 
 
 def _percent(share: float | None) -> str:

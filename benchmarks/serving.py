@@ -220,8 +220,8 @@ def ratios(servers: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     Returns:
         ``requests_over_X`` and ``p99_over_X``, ours as times that of another server;
         ``account_share``, the share of the requests per second that log, assignment and metrics
-        cost; ``share_of_torch``, of the images per second of the model alone. None where a part
-        was not measured.
+        cost, with the lowest and highest of the rounds; ``share_of_torch``, of the images per
+        second of the model alone. None where a server answered nothing.
     """
     ours = servers.get(_OURS, {}).get("connections", {})
     return {count: _ratios_of(figures, count, servers) for count, figures in ours.items()}
@@ -237,11 +237,25 @@ def _ratios_of(
             found[f"requests_over_{name}"] = _over(ours, other, "requests_per_s")
             found[f"p99_over_{name}"] = _over(ours, other, "p99_ms")
     if bare := servers.get(_BARE, {}).get("connections", {}).get(count):
-        kept = _over(ours, bare, "requests_per_s")
-        found["account_share"] = None if kept is None else 1 - kept
+        found |= _account(ours, bare)
     if alone := servers.get(_LOOP):
         found["share_of_torch"] = ours["requests_per_s"] / alone["images_per_s"]
     return found
+
+
+def _account(ours: dict[str, Any], bare: dict[str, Any]) -> dict[str, float | None]:
+    kept = _over(ours, bare, "requests_per_s")
+    if kept is None:
+        return {"account_share": None}
+    key = "rounds_requests_per_s"
+    by_round = [
+        1 - with_it / without for with_it, without in zip(ours[key], bare[key], strict=True)
+    ]
+    return {
+        "account_share": 1 - kept,
+        "account_share_lowest": min(by_round),
+        "account_share_highest": max(by_round),
+    }
 
 
 def _over(ours: dict[str, Any], other: dict[str, Any], key: str) -> float | None:
