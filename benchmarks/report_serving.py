@@ -129,7 +129,7 @@ def _spread(figures: Mapping[str, Any], key: str) -> str:
     rounds = [value for value in figures[f"rounds_{key}"] if value is not None]
     digits = 0 if figures[key] >= 100 else 1
     middle, low, high = (f"{one:,.{digits}f}" for one in (figures[key], min(rounds), max(rounds)))
-    return f"{middle} ({low}-{high})"
+    return f"{middle} ({low}-{high})" if len(rounds) > 1 else middle
 
 
 def _ratios_table(report: dict[str, Any]) -> str:
@@ -296,7 +296,7 @@ def _panel(axes: Any, servers: Mapping[str, Any], count: str, key: str) -> None:
         axes.axvline(at, color=OTHERS, linestyle="-" if share == 1 else ":", linewidth=1)
         top = max(top, at)
     axes.set_yticks(range(len(figures)), [_NAMES[name] for name in figures], fontsize=7)
-    axes.set_xlim(0, (1.05 if lines else 1.18) * top)
+    axes.set_xlim(0, (1.05 if lines else 1.18) * (top or 1))
     axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 
