@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from time import perf_counter
@@ -63,7 +63,7 @@ def post(path: str, body: bytes, content_type: str, headers: str = "") -> bytes:
 
 async def drive(
     port: int,
-    requests: Sequence[bytes],
+    requests: Iterator[bytes],
     *,
     connections: int,
     seconds: float,
@@ -74,14 +74,14 @@ async def drive(
 
     Args:
         port: On 127.0.0.1.
-        requests: Whole requests, as `post` makes them.
+        requests: Whole requests, as `post` makes them; never ends.
         connections: How many are open, each with one request under way.
         seconds: How long is measured, after the warm-up.
         warm_up_s: How long before that.
         check: Given the body of a good answer, says what is wrong with it, or nothing.
     """
     began_s = perf_counter() + warm_up_s
-    tally = _Tally(cycle(requests), began_s, began_s + seconds, check)
+    tally = _Tally(requests, began_s, began_s + seconds, check)
     loop = asyncio.get_running_loop()
 
     async def keep_one_open() -> None:
@@ -102,7 +102,7 @@ async def drive(
 
 @dataclass
 class _Tally:
-    requests: cycle[bytes]
+    requests: Iterator[bytes]
     from_s: float
     until_s: float
     check: Callable[[bytes], str] | None

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -30,7 +31,7 @@ import numpy as np
 import typer
 from common import set_up, table, write
 from load import Pace, Sent, drive
-from serving import CASES, SERVERS, bodies, request, running, served, until_it_answers
+from servers import CASES, SERVERS, bodies, request, running, served, until_it_answers
 
 from lifelong_ray.config import Config
 from lifelong_ray.feedback import load_secrets, read_request_id
@@ -41,6 +42,7 @@ from lifelong_ray.storage import open_store
 _ROOT = Path(__file__).resolve().parent.parent
 _CASE, _SERVER = CASES["tiny-png"], SERVERS["lifelong_ray"]
 _SETTLE_S = 1.0
+_IMAGES = 64
 _OTHER = "v1.1"
 
 
@@ -60,10 +62,10 @@ def main(
         folder = Path(name)
         config = served(_CASE, folder, rollout)
         _add_version(config)
-        requests = [request(_SERVER, _CASE, body) for body in bodies(_CASE)]
+        requests = [request(_SERVER, _CASE, body) for body in bodies(_CASE, _IMAGES)]
         with running(_SERVER, _CASE, config, folder) as port:
             until_it_answers(port, requests[0])
-            load = asyncio.run(drive(port, requests, connections=64, seconds=seconds))
+            load = asyncio.run(drive(port, cycle(requests), connections=64, seconds=seconds))
             capacity = load.requests_per_s
             print(f"capacity: {capacity:.0f} requests/s", flush=True)
             operator = Operator(config, port)

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib as mpl
 import typer
 from common import table
-
-mpl.use("Agg")
 from matplotlib import pyplot as plt
+from report_parts import OTHERS, OURS, said, save, worded
+from report_release import release_sections
+from report_serving import serving_sections
 
-_INTRO = """# Benchmarks of the learning engine
+_INTRO = """# Benchmarks
 
 Made by `python benchmarks/report.py` from `benchmarks/results/`. Every figure comes from a
 command in this repository, on any `.npz` with `x_train`, `y_train`, `x_test` and `y_test`; seconds
@@ -78,14 +78,6 @@ A thousand random training images are taken out of the analytic head's sums, and
 compared with one that was never given them, in float64. `one image` is the live head, which takes
 a single image out without solving anew.
 """
-_EVIDENCE = """## False decisions of a rollout
-
-Simulated rollouts of known truth under the default settings, judged after every label, as the
-controller judges them at every look. A false decision promotes a candidate that loses the margin or
-more, or takes back one that does not; its share is to stay below alpha, however often one looks.
-Agreement is the share of requests on which both versions are right or both wrong. The median is
-that of the labels, or corrections, after which half of the streams had decided.
-"""
 
 
 def main(
@@ -96,27 +88,28 @@ def main(
 ) -> None:
     """Write the report."""
     parts = [_INTRO]
-    for kind, said, section in (
+    for kind, intro, section in (
         ("continual", _CONTINUAL, _continual),
         ("update", _UPDATE, _update),
     ):
         if paths := sorted(results.glob(f"{kind}_*.json")):
-            parts += [said, *(section(path, docs) for path in paths)]
-    for kind, said, rows_of, columns in _COSTS:
+            parts += [intro, *(section(path, docs) for path in paths)]
+    for kind, intro, rows_of, columns in _COSTS:
         runs = [
             json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(results.glob(f"{kind}*.json"))
         ]
         if runs:
-            parts.append(f"\n{said}")
+            parts.append(f"\n{intro}")
         parts += [_cost(run, rows_of(run), columns) for run in runs]
+    parts += [*serving_sections(results, docs), *release_sections(results)]
     (docs / "benchmarks.md").write_text("\n".join(parts), encoding="utf-8")
     print(f"written {docs / 'benchmarks.md'}")
 
 
 def _cost(report: dict[str, Any], rows: list[list[object]], columns: tuple[str, ...]) -> str:
     """Figures of a cost benchmark as a table, and what it could not measure."""
-    parts = [_said(report["setup"]), *([table(columns, rows)] if rows else [])]
+    parts = [said(report["setup"]), *([table(columns, rows)] if rows else [])]
     reached = [
         f"{model} {100 * share:.1f} %"
         for model, its in report.get("models", {}).items()
@@ -136,12 +129,8 @@ def _left_out(report: dict[str, Any]) -> list[str]:
             cases.setdefault(its["skipped"], []).append(model)
         for case, found in its.items():
             if isinstance(found, dict) and "skipped" in found:
-                cases.setdefault(found["skipped"], []).append(f"{model} {_worded(case)}")
+                cases.setdefault(found["skipped"], []).append(f"{model} {worded(case)}")
     return [f"Skipped: {', '.join(names)}: {reason}." for reason, names in cases.items()]
-
-
-def _worded(key: str) -> str:
-    return key.replace("_", " ")
 
 
 def _continual(path: Path, docs: Path) -> str:
@@ -163,7 +152,7 @@ def _continual(path: Path, docs: Path) -> str:
     columns = ("method", "final accuracy", "std", "retention", "forgetting", "plasticity")
     return (
         f"\n### {title}\n\n{_SCENARIOS[setup['scenario']]}\n\n"
-        f"{_said(setup)}\n\n{_of_avalanche(setup, methods)}"
+        f"{said(setup)}\n\n{_of_avalanche(setup, methods)}"
         f"{table([*columns, 'seconds', 'samples'], rows)}\n\n![final accuracy]({picture})\n"
     )
 
@@ -185,9 +174,7 @@ def _of_avalanche(setup: dict[str, Any], methods: dict[str, Any]) -> str:
 def _skipped(path: Path, report: dict[str, Any]) -> str:
     """Say in place of figures why there are none."""
     setup = report["setup"]
-    return (
-        f"\n### {setup['data']}: {path.stem}\n\n{_said(setup)}\n\nSkipped: {report['skipped']}.\n"
-    )
+    return f"\n### {setup['data']}: {path.stem}\n\n{said(setup)}\n\nSkipped: {report['skipped']}.\n"
 
 
 def _update(path: Path, docs: Path) -> str:
@@ -210,7 +197,7 @@ def _update(path: Path, docs: Path) -> str:
     if setup.get("shots"):
         title += f", {setup['shots']} examples of each"
     return (
-        f"\n### {title}\n\n{_said(setup)}\n\n"
+        f"\n### {title}\n\n{said(setup)}\n\n"
         f"{table([*columns, 'within old', 'points over full'], rows)}\n{shown}"
     )
 
@@ -218,12 +205,12 @@ def _update(path: Path, docs: Path) -> str:
 def _bars(values: dict[str, float], spreads: dict[str, float], label: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 0.4 * len(values) + 1))
     names = list(values)[::-1]
-    axes.barh(names, [values[n] for n in names], xerr=[spreads[n] for n in names], color="#4878a8")
+    axes.barh(names, [values[n] for n in names], xerr=[spreads[n] for n in names], color=OURS)
     for position, name in enumerate(names):
         axes.text(0.01, position, f"{values[name]:.3f}", va="center", color="white", fontsize=8)
     axes.set_xlim(0, 1)
     axes.set_xlabel(label)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _scatter(methods: dict[str, Any], path: Path) -> None:
@@ -233,7 +220,7 @@ def _scatter(methods: dict[str, Any], path: Path) -> None:
         share, reached = figures["seconds_share"], figures["accuracy"]
         if share is None:
             continue
-        colour = "#b04040" if name.startswith(("warm", "full")) else "#4878a8"
+        colour = OTHERS if name.startswith(("warm", "full")) else OURS
         axes.scatter(share, reached, color=colour)
         # Points that lie on one another share a label.
         near = (p for p in named if abs(p[1] - reached) < 5e-4 and 0.7 < p[0] / share < 1.4)
@@ -247,25 +234,7 @@ def _scatter(methods: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("seconds, as a share of full retraining")
     axes.set_ylabel("accuracy on all classes")
     axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-
-
-def _said(setup: dict[str, Any]) -> str:
-    facts = ("seeds", "iterations", "memory_per_class", "epochs", "memory_share", "num_features")
-    facts += ("source", "mirror", "shots", "precision")
-    said = [f"{_worded(key)} {setup[key]}" for key in facts if setup.get(key)]
-    how = f"\n\n    {setup['command']}" if "command" in setup else ""
-    where = f"on {setup['cpus']} cores, torch {setup['torch']}"
-    if setup.get("device", "cpu") != "cpu" and setup.get("gpu", "none") != "none":
-        where = f"on one {setup['gpu']}, torch {setup['torch']}"
-    return f"Measured {setup['date']} {where}{': ' if said else ''}{', '.join(said)}.{how}"
+    save(figure, path)
 
 
 def _fisher_rows(report: dict[str, Any]) -> list[list[object]]:
@@ -296,7 +265,7 @@ def _by_way(
 ) -> list[list[object]]:
     """One row for each model and each way of doing it."""
     return [
-        [model, _worded(way), *cells(figures)]
+        [model, worded(way), *cells(figures)]
         for model, its in report["models"].items()
         for way, figures in its.get("ways", {}).items()
     ]
@@ -304,7 +273,7 @@ def _by_way(
 
 def _gpu_rows(report: dict[str, Any]) -> list[list[object]]:
     return [
-        [model, _worded(case), *_shares(found["plain_throughput"])]
+        [model, worded(case), *_shares(found["plain_throughput"])]
         for model, its in report["models"].items()
         for case, found in its.items()
         if "skipped" not in found
@@ -330,22 +299,6 @@ def _unlearning_rows(report: dict[str, Any]) -> list[list[object]]:
             f"{run['relearn_seconds']:.2f}",
         ]
         for run in report["runs"]
-    ]
-
-
-def _evidence_rows(report: dict[str, Any]) -> list[list[object]]:
-    return [
-        [
-            one["evidence"],
-            one["truth"],
-            "" if one["agreement"] is None else f"{one['agreement']:.2f}",
-            *(
-                f"**{one[kind]:.3f}**" if one["is_false"] == kind else f"{one[kind]:.3f}"
-                for kind in ("promoted", "aborted", "undecided")
-            ),
-            "-" if one["median_labels"] is None else f"{one['median_labels']:,.0f}",
-        ]
-        for one in report["outcomes"]
     ]
 
 
@@ -377,20 +330,6 @@ _COSTS = (
         _UNLEARNING,
         _unlearning_rows,
         ("seed", "largest difference", "erasing, s", "one image, ms", "learning anew, s"),
-    ),
-    (
-        "release_evidence",
-        _EVIDENCE,
-        _evidence_rows,
-        (
-            "evidence",
-            "candidate",
-            "agreement",
-            "promoted",
-            "aborted",
-            "undecided",
-            "median labels",
-        ),
     ),
 )
 

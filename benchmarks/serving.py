@@ -4,8 +4,13 @@
 
 Every server runs alone on this machine, as one process group that is started and ended for each
 round; rounds are interleaved, so that whatever slows the machine slows all of them. The client is
-`load.py`: a closed loop, in this process. What is served is one version from lifelong_ray's
-registry; ours runs with everything on: assignment, log, metrics, and a rollout controller.
+`load.py`: a closed loop, in this process, which sends every image once. What is served is one
+version from lifelong_ray's registry; ours runs with everything on: assignment, log, metrics, and a
+rollout controller. `lifelong_ray_bare` is ours without the first three, which says what they cost;
+`lifelong_ray_thread`, asked for by name, has its models on a thread of the front's process:
+
+    python benchmarks/serving.py --servers lifelong_ray,lifelong_ray_thread,ray --cases tiny-png \
+        --connections 16,64 --out benchmarks/results/serving_thread.json
 
 `make peers` makes the environments of the other servers; one that is missing is left out and said
 so.
@@ -14,110 +19,45 @@ so.
 from __future__ import annotations
 
 import asyncio
-import io
-import os
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
+import httpx
 import typer
-import yaml
 from common import set_up, table, write
-from load import Load, drive, post
-from PIL import Image
+from load import Load, drive
+from servers import (
+    CASES,
+    SERVERS,
+    Case,
+    Server,
+    bodies,
+    missing,
+    request,
+    running,
+    served,
+    torch_loop,
+    until_it_answers,
+)
 
-from lifelong_ray.config import Config, config_from
-from lifelong_ray.cycle import run_base
-from lifelong_ray.datasets import LabelledImages
-from lifelong_ray.fitting import fit_alone
+from lifelong_ray.config import Config
+from lifelong_ray.feedback import load_secrets
 from lifelong_ray.storage import open_store
 
 _ROOT = Path(__file__).resolve().parent.parent
-_PEERS = _ROOT / "benchmarks" / "peers"
-_START_S, _STOP_S = 180.0, 20.0
-_MARK = "LIFELONG_BENCHMARK"
+_WARM_UP_S = 1.0
 _LOOP = "torch"
-# Serve reads these when it starts; ours is run with them by `make serve`.
-_FAST_SERVE = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and the images that it is asked about.
-
-    Attributes:
-        model: As the configuration's branch.
-        pixels: Height and width of the images sent.
-        encoding: PNG or JPEG.
-        threads: Of torch, in the servers that can be told.
-    """
-
-    model: dict[str, Any]
-    pixels: int
-    encoding: str
-    threads: int = 1
-
-
-_TINY = {"name": "convnet", "widths": [8, 16], "image_size": 32, "channels": 3}
-_RESNET = {"name": "benchmarks.models:resnet18", "image_size": 32, "channels": 3}
-CASES = {
-    "tiny-png": Case(_TINY, 32, "PNG"),
-    "tiny-jpeg": Case(_TINY, 224, "JPEG"),
-    "resnet18-png": Case(_RESNET, 32, "PNG"),
-    "resnet18-png-2": Case(_RESNET, 32, "PNG", threads=2),
-}
-
-
-@dataclass(frozen=True)
-class Server:
-    """One way to serve the model.
-
-    Attributes:
-        arguments: Of the environment's Python, with {port} and {config} to be filled in.
-        environment: Folder of its virtual environment, below the project.
-        path: Where it takes images.
-        field: The multipart field in which it takes them; empty means as the body.
-        variables: Added to the process's environment.
-    """
-
-    arguments: tuple[str, ...]
-    environment: str = ".venv"
-    path: str = "/predict"
-    field: str = ""
-    variables: tuple[tuple[str, str], ...] = ()
-
-
-_RAY = ("-m", "ray.serve.scripts", "run")
-_UVICORN = ("-m", "uvicorn", "fastapi_app:app", "--log-level", "warning", "--port", "{port}")
-SERVERS = {
-    "lifelong_ray": Server(
-        (*_RAY, "serve_app:app", "config={config}"), variables=tuple(_FAST_SERVE.items())
-    ),
-    "ray": Server((*_RAY, "{ray_config}"), variables=tuple(_FAST_SERVE.items())),
-    "fastapi": Server(_UVICORN, ".venv-peers/fastapi"),
-    "fastapi_batch": Server(_UVICORN, ".venv-peers/fastapi", "/batched"),
-    "litserve": Server(("litserve_app.py",), ".venv-peers/litserve", field="image"),
-    "bentoml": Server(
-        ("-m", "bentoml", "serve", "bentoml_app:Classifier", "--port", "{port}"),
-        ".venv-peers/bentoml",
-        field="images",
-    ),
-}
+_OURS, _BARE = "lifelong_ray", "lifelong_ray_bare"
+_DEFAULT_SERVERS = ",".join(name for name in SERVERS if name != "lifelong_ray_thread")
 
 
 def main(
-    servers: Annotated[str, typer.Option(help=f"Of {', '.join(SERVERS)}.")] = ",".join(SERVERS),
+    servers: Annotated[str, typer.Option(help=f"Of {', '.join(SERVERS)}.")] = _DEFAULT_SERVERS,
     cases: Annotated[str, typer.Option(help=f"Of {', '.join(CASES)}.")] = ",".join(CASES),
     connections: Annotated[str, typer.Option(help="Numbers of connections.")] = "1,16,64",
     seconds: Annotated[float, typer.Option(help="Measured per number of connections.")] = 6.0,
@@ -125,29 +65,34 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
 ) -> None:
     """Measure every server, round by round."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no end leaves a server behind
     wanted, asked = _chosen(servers, SERVERS), _chosen(cases, CASES)
     counts = [int(count) for count in connections.split(",")]
     report: dict[str, Any] = {}
     for name in asked:
         case = CASES[name]
+        images = bodies(case, round(case.most_per_s * (seconds + _WARM_UP_S) * len(counts)))
         with tempfile.TemporaryDirectory(prefix="lifelong-serving-") as folder:
             config = served(case, Path(folder))
             found: dict[str, Any] = {}
             for number in range(rounds):
-                speed = _torch_loop(case, config, seconds)
+                speed = torch_loop(case, config, seconds)
                 found.setdefault(_LOOP, {"images": []})["images"].append(speed)
                 print(f"{name}, round {number}, {_LOOP}: {speed:.0f} images/s", flush=True)
                 for server in wanted:
-                    if reason := _missing(SERVERS[server]):
+                    if reason := missing(SERVERS[server]):
                         found[server] = {"skipped": reason}
                         continue
-                    loads = _measured(SERVERS[server], case, config, Path(folder), counts, seconds)
-                    found.setdefault(server, {"rounds": []})["rounds"].append(loads)
-                    _say(name, server, number, loads)
+                    measured = _measured(
+                        SERVERS[server], case, config, Path(folder), images, counts, seconds
+                    )
+                    found.setdefault(server, {"rounds": []})["rounds"].append(measured)
+                    _say(name, server, number, measured)
             report[name] = {server: _summary(its) for server, its in found.items()}
             print(_table(report[name]), flush=True)
-    setup = set_up(connections=counts, seconds=seconds, rounds=rounds)
-    write(out, {"setup": setup, "cases": report})
+    setup = set_up(connections=counts, seconds=seconds, rounds=rounds, threads=_threads(asked))
+    found_ratios = {name: ratios(its) for name, its in report.items()}
+    write(out, {"setup": setup, "cases": report, "ratios": found_ratios})
 
 
 def _chosen(names: str, known: dict[str, Any]) -> list[str]:
@@ -157,196 +102,69 @@ def _chosen(names: str, known: dict[str, Any]) -> list[str]:
     return wanted
 
 
-def _missing(server: Server) -> str:
-    python = _ROOT / server.environment / "bin" / "python"
-    return "" if python.exists() else f"{server.environment} is missing; make peers makes it"
+def _threads(cases: Sequence[str]) -> dict[str, int]:
+    return {name: CASES[name].threads for name in cases}
 
 
-def served(case: Case, folder: Path, rollout: dict[str, Any] | None = None) -> Config:
-    """Put a version of the case's model into a store of its own."""
-    rng = np.random.default_rng(0)
-    labels = ("low", "high") * 30
-    images = []
-    for label in labels:
-        pixels = rng.integers(0, 60, (32, 32, 3), dtype=np.uint8)
-        pixels[16:] += 180 if label == "low" else 0
-        pixels[:16] += 180 if label == "high" else 0
-        images.append(pixels)
-    config = config_from(
-        {
-            "store": {"url": str(folder / "store")},
-            "model": case.model,
-            "learning": {"base": {"epochs": 4}, "analytic": {"num_features": 64}},
-            "serving": {
-                "front": {"max_replicas": 1},
-                "port": _free_port(),
-                "model_threads": case.threads,
-                "cache_bytes": 0,
-            },
-            "rollout": rollout or {},
-        }
-    )
-    store = open_store(config.store)
-    source = LabelledImages(tuple(images), labels)
-    report = run_base(config, store, fit_alone, source, run_id="base", now_s=time.time)
-    if not report.released:
-        raise RuntimeError(f"the base version did not pass its gate: {report.gate}")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    return config
+class Once(Iterator[bytes]):
+    """Gives each request once and begins again only when all are used up."""
 
+    def __init__(self, requests: Sequence[bytes]) -> None:
+        self._requests = requests
+        self._given = 0
 
-def bodies(case: Case) -> list[bytes]:
-    """Some images, each encoded."""
-    rng, bodies = np.random.default_rng(1), []
-    for _ in range(64):
-        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize((case.pixels, case.pixels), Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
-        image.save(buffer, format=case.encoding)
-        bodies.append(buffer.getvalue())
-    return bodies
+    def __next__(self) -> bytes:
+        request = self._requests[self._given % len(self._requests)]
+        self._given += 1
+        return request
+
+    @property
+    def num_repeated(self) -> int:
+        """How many were not new."""
+        return max(0, self._given - len(self._requests))
 
 
 def _measured(
-    server: Server, case: Case, config: Config, folder: Path, counts: list[int], seconds: float
-) -> dict[int, Load]:
+    server: Server,
+    case: Case,
+    config: Config,
+    folder: Path,
+    images: Sequence[bytes],
+    counts: Sequence[int],
+    seconds: float,
+) -> dict[str, Any]:
     """Start a server, ask it with so many connections one after another, and end it."""
-    requests = [request(server, case, body) for body in bodies(case)]
+    requests = [request(server, case, image) for image in images]
     with running(server, case, config, folder) as port:
         until_it_answers(port, requests[0])
-        return {
-            count: asyncio.run(drive(port, requests, connections=count, seconds=seconds))
+        once = Once(requests)
+        loads = {
+            count: asyncio.run(
+                drive(port, once, connections=count, seconds=seconds, warm_up_s=_WARM_UP_S)
+            )
             for count in counts
         }
+        told = {"loads": loads, "repeated": once.num_repeated}
+        return told | ({"not_logged": _not_logged(config, port)} if server.keeps_log else {})
 
 
-def request(server: Server, case: Case, body: bytes) -> bytes:
-    kind = f"image/{case.encoding.lower()}"
-    if not server.field:
-        return post(server.path, body, kind)
-    boundary = "a-line-that-no-image-has"
-    head = (
-        f"--{boundary}\r\ncontent-disposition: form-data; "
-        f'name="{server.field}"; filename="image"\r\ncontent-type: {kind}\r\n\r\n'
+def _not_logged(config: Config, port: int) -> int:
+    """Predictions that the front's log had no room for."""
+    token = load_secrets(open_store(config.store), {}).admin_token
+    answer = httpx.get(
+        f"http://127.0.0.1:{port}/admin/status",
+        headers={"authorization": f"Bearer {token}"},
+        timeout=30.0,
     )
-    form = head.encode() + body + f"\r\n--{boundary}--\r\n".encode()
-    return post(server.path, form, f"multipart/form-data; boundary={boundary}")
+    dropped: int = answer.raise_for_status().json()["front"]["dropped_predictions"]
+    return dropped
 
 
-def _torch_loop(case: Case, config: Config, seconds: float) -> float:
-    """Images/s of the model alone, in batches of 32, in a process of its own."""
-    program = _PEERS / "torch_loop.py"
-    printed = subprocess.run(
-        [sys.executable, str(program), str(seconds)],
-        env=_environ(case, config),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(printed.stdout)
-
-
-def _environ(case: Case, config: Config) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PEER_STORE": config.store.url,
-        "PEER_PORT": str(config.serving.port),
-        "PEER_THREADS": str(case.threads),
-        "PYTHONPATH": os.pathsep.join((str(_PEERS), str(_ROOT))),
-        "OMP_NUM_THREADS": str(case.threads),
-        "RAY_SERVE_LOG_TO_STDERR": "0",
-    }
-
-
-@contextmanager
-def running(server: Server, case: Case, config: Config, folder: Path) -> Iterator[int]:
-    """Run a server as a process group; yields its port."""
-    port = config.serving.port
-    mark = uuid.uuid4().hex
-    ray_config = folder / "ray.yaml"
-    ray_config.write_text(
-        yaml.safe_dump(
-            {
-                "http_options": {"host": "127.0.0.1", "port": port},
-                "applications": [{"name": "bare", "import_path": "ray_app:app"}],
-            }
-        )
-    )
-    filled = {"port": port, "config": folder / "config.yaml", "ray_config": ray_config}
-    python = _ROOT / server.environment / "bin" / "python"
-    arguments = [str(python), *(word.format(**filled) for word in server.arguments)]
-    environ = {**_environ(case, config), **dict(server.variables), _MARK: mark}
-    log = folder / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            arguments,
-            cwd=_ROOT if "serve_app:app" in arguments else _PEERS,
-            env=environ,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            yield port
-        except ServerError as error:
-            raise ServerError(f"{error}; its last words:\n{log.read_text()[-2_000:]}") from None
-        finally:
-            _end(process, mark)
-
-
-class ServerError(RuntimeError):
-    """A server that does not serve."""
-
-
-def until_it_answers(port: int, request: bytes) -> None:
-    """Ask until a good answer comes.
-
-    Raises:
-        ServerError: If none does.
-    """
-    deadline_s = time.monotonic() + _START_S
-    while time.monotonic() < deadline_s:
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout=10.0) as connection:
-                connection.sendall(request)
-                if connection.recv(64).startswith(b"HTTP/1.1 200"):
-                    return
-        except OSError:
-            pass
-        time.sleep(0.2)
-    raise ServerError(f"no good answer within {_START_S:g} s")
-
-
-def _end(process: subprocess.Popen[bytes], mark: str) -> None:
-    """End a server and whatever it has started, which may have left its process group."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGINT)
-    try:
-        process.wait(_STOP_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes():
-                    os.kill(int(entry.name), signal.SIGKILL)
-            except OSError:
-                continue
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _say(case: str, server: str, number: int, loads: dict[int, Load]) -> None:
+def _say(case: str, server: str, number: int, measured: dict[str, Any]) -> None:
     told = ", ".join(
         f"{load.requests_per_s:.0f}/s at {count} (p99 {load.latency_ms(0.99) or 0:.1f} ms, "
         f"{load.num_errors} errors)"
-        for count, load in loads.items()
+        for count, load in measured["loads"].items()
     )
     print(f"{case}, round {number}, {server}: {told}", flush=True)
 
@@ -361,31 +179,94 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
             "images_per_s": statistics.median(speeds),
             "rounds_images_per_s": [round(speed, 1) for speed in speeds],
         }
-    rounds: list[dict[int, Load]] = found["rounds"]
-    return {str(count): _median([loads[count] for loads in rounds]) for count in rounds[0]}
+    rounds: list[dict[str, Any]] = found["rounds"]
+    told = {
+        key: sum(one[key] for one in rounds)
+        for key in ("repeated", "not_logged")
+        if key in rounds[0]
+    }
+    by_count = {
+        str(count): _median([one["loads"][count] for one in rounds]) for count in rounds[0]["loads"]
+    }
+    return {"connections": by_count, **told}
 
 
-def _median(loads: list[Load]) -> dict[str, Any]:
+def _median(loads: Sequence[Load]) -> dict[str, Any]:
     def over(values: list[float | None]) -> float | None:
         known = [value for value in values if value is not None]
         return statistics.median(known) if known else None
 
+    def rounded(value: float | None) -> float | None:
+        return None if value is None else round(value, 2)
+
+    p99_ms = [load.latency_ms(0.99) for load in loads]
     return {
         "requests_per_s": over([load.requests_per_s for load in loads]),
         "p50_ms": over([load.latency_ms(0.5) for load in loads]),
-        "p99_ms": over([load.latency_ms(0.99) for load in loads]),
+        "p99_ms": over(p99_ms),
         "errors": sum(load.num_errors for load in loads),
         "error_kinds": sorted({kind for load in loads for kind in load.errors}),
         "rounds_requests_per_s": [round(load.requests_per_s, 1) for load in loads],
+        "rounds_p99_ms": [rounded(value) for value in p99_ms],
     }
+
+
+def ratios(servers: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """What a case comes to for ours, by number of connections.
+
+    Args:
+        servers: Of one case, as the report has them.
+
+    Returns:
+        ``requests_over_X`` and ``p99_over_X``, ours as times that of another server;
+        ``account_share``, the share of the requests per second that log, assignment and metrics
+        cost, with the lowest and highest of the rounds; ``share_of_torch``, of the images per
+        second of the model alone. None where a server answered nothing.
+    """
+    ours = servers.get(_OURS, {}).get("connections", {})
+    return {count: _ratios_of(figures, count, servers) for count, figures in ours.items()}
+
+
+def _ratios_of(
+    ours: dict[str, Any], count: str, servers: dict[str, Any]
+) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for name, its in servers.items():
+        other = its.get("connections", {}).get(count)
+        if other is not None and name not in (_OURS, _BARE):
+            found[f"requests_over_{name}"] = _over(ours, other, "requests_per_s")
+            found[f"p99_over_{name}"] = _over(ours, other, "p99_ms")
+    if bare := servers.get(_BARE, {}).get("connections", {}).get(count):
+        found |= _account(ours, bare)
+    if alone := servers.get(_LOOP):
+        found["share_of_torch"] = ours["requests_per_s"] / alone["images_per_s"]
+    return found
+
+
+def _account(ours: dict[str, Any], bare: dict[str, Any]) -> dict[str, float | None]:
+    kept = _over(ours, bare, "requests_per_s")
+    if kept is None:
+        return {"account_share": None}
+    key = "rounds_requests_per_s"
+    by_round = [
+        1 - with_it / without for with_it, without in zip(ours[key], bare[key], strict=True)
+    ]
+    return {
+        "account_share": 1 - kept,
+        "account_share_lowest": min(by_round),
+        "account_share_highest": max(by_round),
+    }
+
+
+def _over(ours: dict[str, Any], other: dict[str, Any], key: str) -> float | None:
+    return ours[key] / other[key] if ours[key] is not None and other[key] else None
 
 
 def _table(servers: dict[str, Any]) -> str:
     rows = [
         (server, count, its["requests_per_s"], its["p50_ms"], its["p99_ms"], its["errors"])
         for server, found in servers.items()
-        if "skipped" not in found and server != _LOOP
-        for count, its in found.items()
+        for count, its in found.get("connections", {}).items()
     ]
     return table(("server", "connections", "requests/s", "p50, ms", "p99, ms", "errors"), rows)
 

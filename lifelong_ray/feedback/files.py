@@ -92,7 +92,8 @@ def images_to_bytes(images: Mapping[str, Pixels]) -> bytes:
     """Serialise images by content hash.
 
     Every row of pixels is stored less the row above it, which is mostly near zero, and compressed
-    with the file: as small as PNG, for a tenth of the time.
+    with the file: about as small as PNG, in less than a tenth of the time to write it
+    (benchmarks/image_log.py).
     """
     columns: dict[str, list[Any]] = {"content_hash": list(images), "less_above": []}
     for pixels in images.values():
