@@ -73,12 +73,16 @@ def test_an_operator_labels_as_many_as_asked(unchanged: World) -> None:
     assert len(unchanged.operator) == 20
 
 
+@pytest.fixture(scope="module")
+def worlds() -> list[World]:
+    """Two of one seed, and one of another."""
+    return [make_world(source(), seed, num_operator=20) for seed in (1, 1, 2)]
+
+
 @pytest.mark.parametrize(
     "part", ["base", "calm_traffic", "changed_traffic", "later_traffic", "operator"]
 )
-def test_the_world_is_decided_by_the_seed(part: str) -> None:
-    worlds = [make_world(source(), seed, num_operator=20) for seed in (1, 1, 2)]
-
+def test_the_world_is_decided_by_the_seed(worlds: list[World], part: str) -> None:
     one, same, other = (
         [image.tobytes() for image in getattr(world, part).images] for world in worlds
     )

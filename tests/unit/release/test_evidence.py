@@ -18,6 +18,7 @@ from lifelong_ray.release import (
     judge_evidence,
 )
 from lifelong_ray.release.evidence import log_e_inferior, log_e_not_inferior, log_wealth
+from tests.proof import short_and_long
 from tests.rows import a_comparison, a_label
 
 counts = st.integers(0, 400)
@@ -185,6 +186,7 @@ def first_crossings(
     return crossed
 
 
+@short_and_long("streams", 200, 8_000)
 @pytest.mark.parametrize(
     ("p_better", "p_worse", "margin"),
     [
@@ -195,11 +197,11 @@ def first_crossings(
     ],
 )
 def test_false_promotions_stay_within_alpha_when_looking_after_every_label(
-    p_better: float, p_worse: float, margin: float
+    p_better: float, p_worse: float, margin: float, streams: int
 ) -> None:
     alpha = 0.05
 
-    crossed = first_crossings(p_better, p_worse, margin, streams=800, labels=1_500, alpha=alpha)
+    crossed = first_crossings(p_better, p_worse, margin, streams=streams, labels=1_500, alpha=alpha)
 
     share = np.isfinite(crossed).mean()
     print(f"false promotions {share:.3f} of alpha {alpha}")
