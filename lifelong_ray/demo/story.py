@@ -26,9 +26,9 @@ from lifelong_ray.config import Config, load_config
 from lifelong_ray.cycle import CycleReport, new_run_id, prepare, register_candidate, run_base
 from lifelong_ray.datasets import LabelledImages, load_source
 from lifelong_ray.demo.traffic import SentRequest, read_log, save_pools
-from lifelong_ray.demo.world import World, as_png, make_world
+from lifelong_ray.demo.world import World, make_world
 from lifelong_ray.examples import arrays_of, curate_snapshot
-from lifelong_ray.feedback import content_hash, load_secrets, take_snapshot
+from lifelong_ray.feedback import content_hash, encode_png, load_secrets, take_snapshot
 from lifelong_ray.fitting import FitJob, fit_alone
 from lifelong_ray.learning import Learner, Predictor
 from lifelong_ray.on_ray.schedule import submit_update, wait_for_job
@@ -315,7 +315,7 @@ def _change_the_world(
     traffic.show("changed")
     stage.mark("the world changes")
     for image, label in zip(examples.images, examples.labels, strict=True):
-        operator.add_example(as_png(image), label)
+        operator.add_example(encode_png(image), label)
     stage.say(f"an operator labelled {len(examples)} images of {list(stage.world.new_classes)}")
     time.sleep(pace.changed_s)
     drift = operator.drift()
@@ -418,7 +418,7 @@ def damage(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 def _roll_back(stage: _Stage, operator: LifelongClient, expected: str) -> float:
     """Ask for a rollback; seconds until `expected` answers."""
-    image = as_png(stage.world.test_old.images[0])
+    image = encode_png(stage.world.test_old.images[0])
     started_s = time.time()
     operator.rollout("rollback", reason="demo")
     while operator.predict(image).model_version != expected:

@@ -21,7 +21,7 @@ import numpy as np
 import typer
 
 from lifelong_ray.datasets import LabelledImages
-from lifelong_ray.demo.world import as_png
+from lifelong_ray.feedback import encode_png
 
 _TIMEOUT_S = 30.0
 # A client that queued without end while the server is slow would, on two cores, be what keeps
@@ -65,7 +65,8 @@ def save_pools(
     """Write the pools as encoded images for the client process."""
     pools = {
         name: [
-            (as_png(image).hex(), label) for image, label in zip(p.images, p.labels, strict=True)
+            (encode_png(image).hex(), label)
+            for image, label in zip(p.images, p.labels, strict=True)
         ]
         for name, p in zip(POOLS, (calm, changed, later), strict=True)
     }

@@ -7,7 +7,6 @@ each time turned and lit differently. Decided by the seed alone.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,13 +138,6 @@ def change_image(pixels: Pixels, rng: np.random.Generator) -> Pixels:
     lit = values * (_DARKEST + (1 - _DARKEST) * light)[:, :, None]
     clipped: Pixels = np.clip(lit, 0, 255).astype(np.uint8)
     return clipped
-
-
-def as_png(pixels: Pixels) -> bytes:
-    """Encode one image as a client would."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _sample(images: LabelledImages, most: int, rng: np.random.Generator) -> LabelledImages:

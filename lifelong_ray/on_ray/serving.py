@@ -1,8 +1,9 @@
 """The Serve application: fronts that take HTTP, slots that hold a candidate.
 
-Knows routes, wire formats and Ray Serve. What is answered is decided in `front`,
-what is released in `rollout`. A version change is never a redeploy: fronts and
-slots follow the release document.
+Knows Ray Serve, and the routes of predictions and labels; those of operators and of the
+Open Inference Protocol have modules of their own. What is answered is decided in `front`,
+what is released in `rollout`. A version change is never a redeploy: fronts and slots
+follow the release document.
 
 Without postponed annotations: Serve pickles the ingress class by value, after which
 FastAPI could not resolve names in them any more. It does so where the class is
@@ -10,7 +11,6 @@ decorated, so that whatever the class uses stands above it.
 """
 
 import asyncio
-import hmac
 import logging
 import os
 import random
@@ -19,39 +19,21 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import numpy as np
-from fastapi import FastAPI, Header, Query, Request
+from fastapi import FastAPI, Header, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import TypeAdapter
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import Receive, Scope, Send
 
 import lifelong_ray
-from lifelong_ray.config import (
-    AutoscalingConfig,
-    Config,
-    Precision,
-    StepConfig,
-    check_steps,
-    config_from,
-)
-from lifelong_ray.feedback import (
-    CleanImage,
-    LogTail,
-    SentImage,
-    detect_drift,
-    load_secrets,
-    uuid7,
-)
-from lifelong_ray.on_ray import metrics
-from lifelong_ray.on_ray.comparisons import compared
+from lifelong_ray.config import AutoscalingConfig, Config, Precision, config_from
+from lifelong_ray.feedback import CleanImage, SentImage, load_secrets, uuid7
+from lifelong_ray.on_ray import metrics, open_inference_routes, operator_routes
 from lifelong_ray.on_ray.front import (
     Front,
     NoVersionError,
     Served,
     clean_label,
-    clean_reason,
     each,
     top_k,
 )
@@ -65,37 +47,24 @@ from lifelong_ray.on_ray.http import (
     describe_error,
     install_error_handlers,
     json_response,
-    read_body,
     read_json,
     read_uploads,
     within,
 )
 from lifelong_ray.on_ray.model_process import ModelProcess
 from lifelong_ray.on_ray.models import ModelHost, Models, ModelThread, VersionAnswer
-from lifelong_ray.on_ray.open_inference import (
-    CLASS,
-    EXTENSIONS,
-    HEADER_LENGTH,
-    INPUT,
-    PROBABILITIES,
-    InferAnswer,
-    decompressed,
-    read_request,
-    write_answer,
-)
+from lifelong_ray.on_ray.operator_routes import require_operator
+from lifelong_ray.on_ray.replica import Replica
 from lifelong_ray.on_ray.rollout import RolloutController
 from lifelong_ray.on_ray.scaling import autoscaling
-from lifelong_ray.on_ray.schedule import submit_update
-from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
-from lifelong_ray.on_ray.wishes import experiment_intent, steering_intent
-from lifelong_ray.release import FrontReport, Intent, Registry, ReleaseDesk, needs_slot
+from lifelong_ray.on_ray.warm import WarmVersions
+from lifelong_ray.release import FrontReport, Registry, ReleaseDesk, needs_slot
 from lifelong_ray.storage import Store, open_store
-from lifelong_ray.types import BadImageError, NotFoundError, ServingError
+from lifelong_ray.types import BadImageError, ServingError
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "lifelong_ray"
-_STEPS = TypeAdapter(tuple[StepConfig, ...])
 
 
 class _Http(FastAPI):
@@ -122,8 +91,17 @@ http = _Http(
     title="lifelong_ray",
     version=lifelong_ray.__version__,
     description="A classifier that keeps learning while it serves.",
+    # Their order on the page: Serve moves the ingress class's own routes behind all others.
+    openapi_tags=[
+        {"name": "predict"},
+        {"name": "feedback"},
+        {"name": "open inference protocol"},
+        {"name": "operators"},
+    ],
 )
 install_error_handlers(http)
+http.include_router(open_inference_routes.router)
+http.include_router(operator_routes.router)
 
 
 def model_host(config: Config, store: Store, precision: Precision) -> ModelHost:
@@ -227,21 +205,21 @@ class FrontDeployment:
     ) -> None:
         """Load and warm up what the release document names before taking traffic."""
         self._config = config_from(config_tree)
-        self._store = open_store(self._config.store)
-        self._secrets = load_secrets(self._store, os.environ)
-        self._controller = controller
+        store = open_store(self._config.store)
+        self._secrets = load_secrets(store, os.environ)
         self._metrics = metrics.FrontMetrics()
         self._front = Front(
             self._config,
-            self._store,
+            store,
             self._secrets,
-            model_host(self._config, self._store, self._config.serving.front.precision),
+            model_host(self._config, store, self._config.serving.front.precision),
             _SlotClient(slot),
             _ControllerClient(controller),
             now_s=time.time,
             rng=random.Random(),
             on_look=self._metrics.tell,
         )
+        self.replica = Replica(self._config, store, self._secrets, self._front, controller)
         await self._front.start()
 
     def __del__(self) -> None:
@@ -336,7 +314,7 @@ class FrontDeployment:
         label: str | None = None,
     ) -> dict[str, Any]:
         """Operators: a labelled image; ``?label=`` or the multipart field ``label``."""
-        self._require_operator(authorization)
+        require_operator(authorization, self._secrets.admin_token)
         form = await read_uploads(request, field="image", max_bytes=self._config.images.max_bytes)
         name = self._label(label if label is not None else form.fields.get("label"))
         image = self._front.sent(form.images[0].data, form.images[0].content_type)
@@ -349,327 +327,6 @@ class FrontDeployment:
             return clean_label(value)
         except ValueError as error:
             raise RequestError(422, "bad_label", str(error)) from None
-
-    @staticmethod
-    def _reason(body: dict[str, Any]) -> str:
-        try:
-            return clean_reason(body.get("reason", ""))
-        except ValueError as error:
-            raise RequestError(422, "bad_request", str(error)) from None
-
-    # -- Open Inference Protocol v2 ----------------------------------------------------
-
-    @http.get("/v2", tags=["open inference protocol"])
-    async def v2(self) -> dict[str, Any]:
-        """Server metadata."""
-        return {
-            "name": "lifelong_ray",
-            "version": lifelong_ray.__version__,
-            "extensions": list(EXTENSIONS),
-        }
-
-    @http.get("/v2/health/live", tags=["open inference protocol"])
-    async def v2_live(self) -> dict[str, bool]:
-        """Whether the process runs."""
-        return {"live": True}
-
-    @http.get("/v2/health/ready", tags=["open inference protocol"])
-    async def v2_ready(self) -> JSONResponse:
-        """Whether a version can answer."""
-        ready = self._front.stable is not None
-        return JSONResponse({"ready": ready, "live": True}, 200 if ready else 503)
-
-    @http.get("/v2/models/{name}", tags=["open inference protocol"])
-    @http.get("/v2/models/{name}/versions/{version}", tags=["open inference protocol"])
-    async def v2_model(self, name: str, version: str | None = None) -> dict[str, Any]:
-        """Model metadata."""
-        stable = self._v2_version(name, version)
-        shape = [-1, stable.model.image_size, stable.model.image_size, stable.model.channels]
-        return {
-            "name": name,
-            "versions": [stable.version],
-            "platform": "pytorch",
-            "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": shape}],
-            "outputs": [
-                {
-                    "name": PROBABILITIES,
-                    "datatype": "FP32",
-                    "shape": [-1, len(stable.model.class_names)],
-                },
-                {"name": CLASS, "datatype": "BYTES", "shape": [-1]},
-            ],
-        }
-
-    @http.get("/v2/models/{name}/ready", tags=["open inference protocol"])
-    @http.get("/v2/models/{name}/versions/{version}/ready", tags=["open inference protocol"])
-    async def v2_model_ready(self, name: str, version: str | None = None) -> dict[str, Any]:
-        """Whether the stable version can answer."""
-        self._v2_version(name, version)
-        return {"name": name, "ready": True}
-
-    @http.post("/v2/models/{name}/infer", tags=["open inference protocol"])
-    @http.post("/v2/models/{name}/versions/{version}/infer", tags=["open inference protocol"])
-    async def v2_infer(self, request: Request, name: str, version: str | None = None) -> Response:
-        """Classify images: pixels as UINT8 (N, height, width, channels), or encoded as BYTES (N).
-
-        Tensors are JSON or binary. One version answers all of them: the one in the path, or the
-        one assigned.
-        """
-        max_bytes = self._config.images.max_bytes
-        body = decompressed(
-            await read_body(request, max_bytes=max_bytes),
-            request.headers.get("content-encoding", ""),
-            max_bytes=max_bytes,
-        )
-        asked = read_request(
-            body, request.headers.get(HEADER_LENGTH), max_images=self._config.serving.max_queue
-        )
-        self._v2_version(name, version)
-        served = await self._front.answer_together(
-            [
-                self._front.sent(image, None) if isinstance(image, bytes) else SentImage.of(image)
-                for image in asked.images
-            ],
-            key=str(uuid7(time.time())),
-            override="never" if version else None,
-        )
-        answer = InferAnswer(
-            model_name=name,
-            version=served[0].answer.version,
-            class_names=[one.answer.class_name for one in served],
-            probabilities=[one.answer.probabilities for one in served],
-            parameters={
-                "variant": served[0].variant,
-                "prediction_ids": ",".join(one.request_id for one in served),
-            },
-        )
-        content, headers = write_answer(asked, answer)
-        return Response(content, headers=headers)
-
-    def _v2_version(self, name: str, version: str | None) -> WarmVersion:
-        if name != self._config.serving.model_name:
-            raise RequestError(
-                404, "unknown_model", f"no model {name}; this is {self._config.serving.model_name}"
-            )
-        stable = self._front.stable
-        if stable is None:
-            raise RequestError(503, "no_version", "no version can answer yet")
-        if version not in (None, stable.version):
-            raise RequestError(
-                404,
-                "unknown_version",
-                f"version {version} does not answer here; stable is {stable.version}",
-            )
-        return stable
-
-    # -- operators ---------------------------------------------------------------------
-
-    def _require_operator(self, authorization: str | None) -> None:
-        expected = f"Bearer {self._secrets.admin_token}"
-        if not hmac.compare_digest((authorization or "").encode(), expected.encode()):
-            raise RequestError(
-                401,
-                "unauthorized",
-                "operators send 'Authorization: Bearer <token>'; lifelong status --token prints it",
-            )
-
-    @http.get("/admin/status", tags=["operators"])
-    async def admin_status(
-        self, authorization: Annotated[str | None, Header()] = None
-    ) -> dict[str, Any]:
-        """The document, this front, and what the controller has seen."""
-        self._require_operator(authorization)
-        return {
-            "document": self._front.document.model_dump(mode="json"),
-            "front": self._front.status(),
-            "controller": await self._controller.status.remote(),
-        }
-
-    @http.get("/admin/versions", tags=["operators"])
-    async def admin_versions(
-        self, authorization: Annotated[str | None, Header()] = None
-    ) -> dict[str, Any]:
-        """Every registered version with its lineage and gate."""
-        self._require_operator(authorization)
-        registry = self._front.registry
-
-        def manifests() -> list[dict[str, Any]]:
-            return [registry.manifest(v).model_dump(mode="json") for v in registry.versions()]
-
-        return {"versions": await self._front.in_thread(manifests)}
-
-    @http.get("/admin/rollout", tags=["operators"])
-    async def admin_rollout(
-        self, authorization: Annotated[str | None, Header()] = None
-    ) -> dict[str, Any]:
-        """The rollout under way, if any."""
-        self._require_operator(authorization)
-        document, _ = await self._front.in_thread(self._front.desk.read)
-        return {
-            "stable": document.stable,
-            "previous": document.previous,
-            "rollout": document.rollout.model_dump(mode="json") if document.rollout else None,
-        }
-
-    @http.put("/admin/rollout", status_code=202, tags=["operators"])
-    async def admin_start(
-        self, request: Request, authorization: Annotated[str | None, Header()] = None
-    ) -> dict[str, Any]:
-        """Start a rollout: ``{"candidate", "steps"?, "force"?, "reason"?}``."""
-        self._require_operator(authorization)
-        body = await read_json(request)
-        unknown = set(body) - {"candidate", "steps", "force", "reason"}
-        if unknown or not isinstance(body.get("candidate"), str):
-            raise RequestError(
-                422,
-                "bad_request",
-                f"a rollout takes candidate, steps, force and reason; got {sorted(body)}",
-            )
-        try:
-            steps = _STEPS.validate_python(body.get("steps") or ())
-            check_steps(steps)
-        except ValueError as error:
-            raise RequestError(422, "bad_steps", str(error)) from None
-        if not isinstance(body.get("force", False), bool):
-            raise RequestError(422, "bad_request", f"force is {body['force']!r}, not true or false")
-        return await self._request(
-            Intent(
-                id=str(uuid7(time.time())),
-                verb="start",
-                actor="operator",
-                reason=self._reason(body),
-                at_s=time.time(),
-                candidate=body["candidate"],
-                steps=steps,
-                force=body.get("force", False),
-            )
-        )
-
-    @http.post("/admin/rollout/{verb}", status_code=202, tags=["operators"])
-    async def admin_verb(
-        self,
-        verb: str,
-        request: Request,
-        authorization: Annotated[str | None, Header()] = None,
-    ) -> dict[str, Any]:
-        """Promote, abort, pause, resume or rollback: ``{"reason"?, "force"?}``.
-
-        Only a promotion can be forced: it then needs no evidence.
-        """
-        self._require_operator(authorization)
-        verbs = ("promote", "abort", "pause", "resume", "rollback")
-        if verb not in verbs:
-            raise RequestError(404, "unknown_verb", f"{verb} is not one of {', '.join(verbs)}")
-        body = await read_json(request)
-        return await self._request(steering_intent(verb, body, self._reason(body), time.time()))
-
-    async def _request(self, intent: Intent) -> dict[str, Any]:
-        await self._front.in_thread(self._front.desk.request, intent)
-        return {"status": "accepted", "intent_id": intent.id}
-
-    @http.get("/admin/experiment", tags=["operators"])
-    async def admin_experiment(
-        self,
-        authorization: Annotated[str | None, Header()] = None,
-        id: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
-    ) -> dict[str, Any]:
-        """The experiment under way with its result so far, if any; or an ended one by its `id`."""
-        self._require_operator(authorization)
-        document, _ = await self._front.in_thread(self._front.desk.read)
-        experiment = document.experiment
-        if id is not None and (experiment is None or experiment.id != id):
-            try:
-                experiment = await self._front.in_thread(self._front.desk.experiment, id)
-            except NotFoundError as error:
-                raise RequestError(404, "unknown_experiment", str(error)) from None
-        shown = experiment.model_dump(mode="json") if experiment is not None else None
-        return {"experiment": shown}
-
-    @http.put("/admin/experiment", status_code=202, tags=["operators"])
-    async def admin_start_experiment(
-        self, request: Request, authorization: Annotated[str | None, Header()] = None
-    ) -> dict[str, Any]:
-        """Start an experiment: ``{"arms", "end_s", "metric"?, "adaptive"?, "reason"?}``.
-
-        Arms are ``{"version", "weight"}``, stable among them, with weights that add up to 100.
-        """
-        self._require_operator(authorization)
-        body = await read_json(request)
-        return await self._request(experiment_intent(body, self._reason(body), time.time()))
-
-    @http.post("/admin/experiment/end", status_code=202, tags=["operators"])
-    async def admin_end_experiment(
-        self, request: Request, authorization: Annotated[str | None, Header()] = None
-    ) -> dict[str, Any]:
-        """End the experiment and store its result; stable stays: ``{"reason"?}``."""
-        self._require_operator(authorization)
-        body = await read_json(request)
-        if set(body) - {"reason"}:
-            raise RequestError(422, "bad_request", f"an end takes a reason; got {sorted(body)}")
-        return await self._request(
-            Intent(
-                id=str(uuid7(time.time())),
-                verb="end_experiment",
-                actor="operator",
-                reason=self._reason(body),
-                at_s=time.time(),
-            )
-        )
-
-    @http.get("/admin/comparisons", tags=["operators"])
-    async def admin_comparisons(
-        self,
-        authorization: Annotated[str | None, Header()] = None,
-        rollout: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
-        hours: Annotated[float, Query(gt=0, le=744)] = 1.0,
-        last: Annotated[int, Query(ge=0, le=10_000)] = 100,
-    ) -> dict[str, Any]:
-        """Pairs of answers: a summary per rollout, and the `last` of them.
-
-        Those of one `rollout` from its start, or of all in the last `hours`.
-        """
-        self._require_operator(authorization)
-
-        def found() -> dict[str, Any]:
-            return compared(self._store, time.time, rollout_id=rollout, hours=hours, last=last)
-
-        try:
-            return await self._front.in_thread(found)
-        except NotFoundError as error:
-            raise RequestError(404, "unknown_rollout", str(error)) from None
-
-    @http.get("/admin/drift", tags=["operators"])
-    async def admin_drift(
-        self, authorization: Annotated[str | None, Header()] = None
-    ) -> dict[str, Any]:
-        """Whether the latest traffic scores differ from the stable version's hold-out scores."""
-        self._require_operator(authorization)
-        return await self._front.in_thread(self._drift)
-
-    def _drift(self) -> dict[str, Any]:
-        stable = self._front.document.stable
-        if stable is None:
-            raise RequestError(503, "no_version", "no version is released yet")
-        reference = self._front.registry.manifest(stable).metrics.get("holdout_scores")
-        since_s = time.time() - 86_400
-        rows = [
-            r for r in LogTail(self._store, "predictions", since_s).poll() if r.version == stable
-        ]
-        recent = [r.scores for r in sorted(rows, key=lambda r: r.at_s)]
-        recent = recent[-self._config.drift.window_rows :]
-        if not reference or len(recent) < self._config.drift.window_rows:
-            return {"judged": False, "num_recent": len(recent)}
-        report = detect_drift(np.asarray(reference), np.asarray(recent), self._config.drift)
-        return {"judged": True, **report.__dict__}
-
-    @http.post("/admin/retrain", status_code=202, tags=["operators"])
-    async def admin_retrain(
-        self, authorization: Annotated[str | None, Header()] = None
-    ) -> dict[str, Any]:
-        """Submit an update as a Ray job."""
-        self._require_operator(authorization)
-        run_id = await self._front.in_thread(submit_update, self._config)
-        return {"status": "submitted", "run_id": run_id}
 
 
 def build_app(config: Config) -> serve.Application:

@@ -25,8 +25,7 @@ import yaml
 
 from lifelong_ray.config import Config, DataConfig, StoreConfig, config_from, load_config
 from lifelong_ray.datasets import LabelledImages, load_source
-from lifelong_ray.demo.world import as_png
-from lifelong_ray.feedback import load_secrets, read_feedback, take_snapshot
+from lifelong_ray.feedback import encode_png, load_secrets, read_feedback, take_snapshot
 from lifelong_ray.release import Registry
 from lifelong_ray.storage import Store, open_store
 from tests.conftest import RaySession, free_port
@@ -202,14 +201,14 @@ def served(shell: Shell, base: dict[str, Any]) -> Served:
     with shell.started(str(BIN / "serve"), "run", "serve_app:app") as serve_run:
         serve_run.wait_for(is_ready)
         with httpx.Client(base_url=url, timeout=30) as http:
-            answers = [predict(http, as_png(image)) for image in shown.images]
+            answers = [predict(http, encode_png(image)) for image in shown.images]
             vote = {"request_id": answers[0]["request_id"], "label": shown.labels[0]}
             feedback = http.post("/feedback", json=vote)
             examples = [
                 http.post(
                     "/examples",
                     params={"label": label},
-                    content=as_png(image),
+                    content=encode_png(image),
                     headers={"content-type": "image/png", "authorization": f"Bearer {token}"},
                 )
                 for image, label in zip(taught.images, taught.labels, strict=True)

@@ -1,6 +1,7 @@
 """What all unit tests share: they never start Ray, and some want CIFAR-100 on disk."""
 
 import hashlib
+import logging
 import pickle
 from pathlib import Path
 from typing import Any, NoReturn
@@ -8,6 +9,17 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import ray
+
+
+def pytest_collection_finish() -> None:
+    """Let PyTorch's sixty loggers pass their messages on to the one called ``torch``.
+
+    Otherwise pytest listens at each of them, anew in every phase of every test, which takes it
+    seconds.
+    """
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch.") and isinstance(logger, logging.Logger):
+            logger.propagate = True
 
 
 @pytest.fixture(autouse=True)

@@ -83,8 +83,37 @@ def register(
     Registry(store).register(manifest, {"model.safetensors": version.encode() * 100})
 
 
-def release(store: Store, version: str) -> None:
-    ReleaseDesk(store, clock).create_if_missing(version, actor="test")
+def stable(store: Store, *updates: str) -> None:
+    """Release v1, and register these updates of it."""
+    register(store, "v1")
+    for version in updates:
+        register(store, version, "v1")
+    ReleaseDesk(store, clock).create_if_missing("v1", actor="test")
+
+
+def rolling_out(store: Store, message: str = "") -> None:
+    """Release v1, with a rollout of v1.1 under way."""
+    stable(store, "v1.1")
+    desk = ReleaseDesk(store, clock)
+    document, tag = desk.read()
+    rollout = Rollout(
+        id="r",
+        candidate="v1.1",
+        steps=(StepConfig(setWeight=5),),
+        salt="s",
+        started_at_s=0.0,
+        step_started_at_s=0.0,
+        message=message,
+    )
+    desk.swap(document.changed(rollout=rollout), tag)
+
+
+def error_of(result: Result) -> str:
+    """What a command that failed says: its error in words, and nothing of its code."""
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    return result.stderr.removeprefix("error: ")
 
 
 # ---------------------------------------------------------------- status, versions
@@ -100,8 +129,7 @@ def test_status_of_an_empty_store_says_how_to_begin(run: Run) -> None:
 def test_status_names_the_stable_version_and_is_written_as_json(
     run: Run, store: Store, tmp_path: Path
 ) -> None:
-    register(store, "v1")
-    release(store, "v1")
+    stable(store)
 
     result = run("status", "--out", str(tmp_path / "new" / "status.json"))
 
@@ -138,28 +166,22 @@ def test_versions_are_listed_with_their_gate(run: Run, store: Store) -> None:
 def test_a_wish_on_an_empty_store_is_refused_in_one_line(run: Run, verb: str) -> None:
     result = run(verb)
 
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: nothing is released yet")
+    assert error_of(result).startswith("nothing is released yet")
     assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("verb", ["promote", "abort", "pause", "resume", "rollback"])
 def test_a_wish_without_a_rollout_is_refused(run: Run, store: Store, verb: str) -> None:
-    register(store, "v1")
-    release(store, "v1")
+    stable(store)
 
     result = run(verb)
 
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: ")
-    assert "Traceback" not in result.stderr
+    assert error_of(result)
     assert ReleaseDesk(store, clock).read()[0].intents == ()
 
 
 def test_a_wish_during_a_rollout_waits_for_the_controller(run: Run, store: Store) -> None:
-    register(store, "v1")
-    register(store, "v1.1", "v1")
-    release(store, "v1")
+    stable(store, "v1.1")
     start = Intent(id="i", verb="start", actor="t", reason="", at_s=0.0, candidate="v1.1")
     ReleaseDesk(store, clock).request(start)
 
@@ -200,36 +222,16 @@ def test_resume_is_refused_while_nothing_is_paused_and_taken_once_it_is(
 
     taken = run("resume")
 
-    assert refused.exit_code == 1
-    assert "was not paused by anyone" in refused.stderr
+    assert "was not paused by anyone" in error_of(refused)
     assert taken.exit_code == 0
     assert "v1.1 goes on with its steps" in taken.stdout
-
-
-def rolling_out(store: Store) -> None:
-    register(store, "v1")
-    register(store, "v1.1", "v1")
-    release(store, "v1")
-    desk = ReleaseDesk(store, clock)
-    document, tag = desk.read()
-    rollout = Rollout(
-        id="r",
-        candidate="v1.1",
-        steps=(StepConfig(setWeight=5),),
-        salt="s",
-        started_at_s=0.0,
-        step_started_at_s=0.0,
-    )
-    desk.swap(document.changed(rollout=rollout), tag)
 
 
 # ---------------------------------------------------------------- rollout start
 
 
 def test_a_rollout_is_started_with_steps_of_its_own(run: Run, store: Store) -> None:
-    register(store, "v1")
-    register(store, "v1.1", "v1")
-    release(store, "v1")
+    stable(store, "v1.1")
 
     result = run(
         "rollout", "start", "v1.1", "--reason", "Friday", "--steps", "[{setWeight: 20}, {pause: 9}]"
@@ -257,33 +259,21 @@ def test_a_rollout_is_started_with_steps_of_its_own(run: Run, store: Store) -> N
 def test_a_rollout_that_cannot_be_is_refused_and_changes_nothing(
     run: Run, store: Store, arguments: tuple[str, ...], message: str
 ) -> None:
-    register(store, "v1")
-    register(store, "v1.1", "v1")
+    stable(store, "v1.1")
     register(store, "v1.2", "v1", gate=REFUSED)
-    release(store, "v1")
     before = store.read("current.json")
 
     result = run("rollout", "start", *arguments)
 
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    assert message in error_of(result)
     assert store.read("current.json") == before
 
 
 # ---------------------------------------------------------------- experiments
 
 
-def two_versions(store: Store) -> None:
-    register(store, "v1")
-    register(store, "v1.1", "v1")
-    register(store, "v1.2", "v1", gate=REFUSED)
-    release(store, "v1")
-
-
 def test_an_experiment_is_started_shown_and_ended(run: Run, store: Store, tmp_path: Path) -> None:
-    two_versions(store)
+    stable(store, "v1.1")
     desk = ReleaseDesk(store, time.time)
 
     def look() -> None:
@@ -309,8 +299,7 @@ def test_an_experiment_is_started_shown_and_ended(run: Run, store: Store, tmp_pa
     assert "its result is stored, users return to v1" in ended.stdout
     assert f"{name}: ended by cli: asked" in shown.stdout
     assert json.loads((tmp_path / "result.json").read_text())["result"]["alpha"] == 0.05
-    assert gone.exit_code == 1
-    assert "no experiment is under way" in gone.stderr
+    assert "no experiment is under way" in error_of(gone)
 
 
 @pytest.mark.parametrize(
@@ -329,22 +318,20 @@ def test_an_experiment_is_started_shown_and_ended(run: Run, store: Store, tmp_pa
 def test_an_experiment_that_cannot_be_is_refused_and_changes_nothing(
     run: Run, store: Store, arguments: tuple[str, ...], message: str
 ) -> None:
-    two_versions(store)
+    stable(store, "v1.1")
+    register(store, "v1.2", "v1", gate=REFUSED)
     before = store.read("current.json")
 
     result = run("experiment", "start", *arguments)
 
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
+    assert message in error_of(result)
     assert store.read("current.json") == before
 
 
 def test_an_experiment_that_never_was_is_named(run: Run, store: Store) -> None:
     result = run("experiment", "show", "e9")
 
-    assert result.exit_code == 1
-    assert "there was never an experiment e9" in result.stderr
+    assert "there was never an experiment e9" in error_of(result)
 
 
 # ---------------------------------------------------------------- init, doctor
@@ -375,8 +362,7 @@ def test_init_overwrites_nothing(run: Run, tmp_path: Path) -> None:
 
 
 def test_doctor_is_content_with_a_sound_store(run: Run, store: Store) -> None:
-    register(store, "v1")
-    release(store, "v1")
+    stable(store)
 
     result = run("doctor")
 
@@ -407,14 +393,12 @@ def test_doctor_names_every_damaged_version_and_checks_the_others(
 def test_doctor_misses_a_stable_version_that_is_gone(
     run: Run, store: Store, tmp_path: Path
 ) -> None:
-    register(store, "v1")
-    release(store, "v1")
+    stable(store)
     (tmp_path / "store" / "versions" / "v1" / "manifest.json").unlink()
 
     result = run("doctor")
 
-    assert result.exit_code == 1
-    assert "v1 cannot be served" in result.stderr
+    assert "v1 cannot be served" in error_of(result)
 
 
 # ---------------------------------------------------------------- settings
@@ -424,15 +408,13 @@ def test_doctor_misses_a_stable_version_that_is_gone(
 def test_an_unknown_key_is_answered_with_the_nearest(run: Run, command: str) -> None:
     result = run(command, "--set", "serving.prot=1")
 
-    assert result.exit_code == 1
-    assert "unknown config key serving.prot; the nearest known key is port" in result.stderr
+    assert "unknown config key serving.prot; the nearest known key is port" in error_of(result)
 
 
 def test_a_missing_config_file_is_named(run: Run) -> None:
     result = run("status", "--config", "nowhere.yaml")
 
-    assert result.exit_code == 1
-    assert "nowhere.yaml does not exist" in result.stderr
+    assert "nowhere.yaml does not exist" in error_of(result)
 
 
 # ---------------------------------------------------------------- predict
@@ -444,8 +426,7 @@ def test_predict_without_a_server_is_an_error_line(run: Run, tmp_path: Path) -> 
 
     result = run("predict", str(image), "--url", f"http://127.0.0.1:{free_port()}")
 
-    assert result.exit_code == 1
-    assert "does not answer POST /predict" in result.stderr
+    assert "does not answer POST /predict" in error_of(result)
 
 
 def test_predict_of_a_missing_file_is_a_usage_error(run: Run) -> None:
@@ -463,8 +444,7 @@ def test_a_second_demo_does_not_mix_with_the_first(run: Run, tmp_path: Path) -> 
 
     result = run("demo", "--out", str(tmp_path / "out"))
 
-    assert result.exit_code == 1
-    assert "holds an earlier demo" in result.stderr
+    assert "holds an earlier demo" in error_of(result)
 
 
 @pytest.mark.parametrize("below", ["", "/deeper"], ids=["file", "below a file"])
@@ -474,8 +454,7 @@ def test_a_demo_into_a_file_is_an_error_line(run: Run, tmp_path: Path, below: st
 
     result = run("demo", "--out", out)
 
-    assert result.exit_code == 1
-    assert result.stderr.startswith(f"error: --out {out} cannot be used as a folder (")
+    assert error_of(result).startswith(f"--out {out} cannot be used as a folder (")
     assert result.stderr.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -591,26 +570,11 @@ def test_a_store_may_be_called_anything(
 def test_an_error_quotes_what_was_given_as_it_is(run: Run) -> None:
     result = run("status", "--config", "[/a] [red]:+1:.yaml")
 
-    assert result.exit_code == 1
-    assert "[/a] [red]:+1:.yaml does not exist" in result.stderr
+    assert "[/a] [red]:+1:.yaml does not exist" in error_of(result)
 
 
 def test_status_prints_a_message_as_it_is(run: Run, store: Store) -> None:
-    register(store, "v1")
-    register(store, "v1.1", "v1")
-    release(store, "v1")
-    desk = ReleaseDesk(store, clock)
-    document, tag = desk.read()
-    rollout = Rollout(
-        id="r",
-        candidate="v1.1",
-        steps=(StepConfig(setWeight=5),),
-        salt="s",
-        started_at_s=0.0,
-        step_started_at_s=0.0,
-        message="waits [/b]",
-    )
-    desk.swap(document.changed(rollout=rollout), tag)
+    rolling_out(store, message="waits [/b]")
 
     assert "; waits [/b]" in run("status").stdout
 

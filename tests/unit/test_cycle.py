@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -39,16 +39,15 @@ from lifelong_ray.learning import (
     Predictor,
     with_light,
 )
-from lifelong_ray.release import Intent, Registry, ReleaseDesk
+from lifelong_ray.release import Intent, Registry, ReleaseDesk, ReleaseDocument
 from lifelong_ray.types import (
     DataError,
-    Feedback,
     GateRefusedError,
     NotFoundError,
-    Prediction,
     VersionError,
 )
 from tests.fakes import MemoryStore
+from tests.rows import a_label, a_prediction
 
 OLD = ("0", "1", "2", "3")
 NEW = ("4", "5")
@@ -63,6 +62,9 @@ CONFIG = config_from(
         "feedback": {"holdout_share": 0.25, "group_commit_s": 0.001},
     }
 )
+
+
+Fit = Callable[[FitJob], FitOutcome]
 
 
 class Clock:
@@ -102,9 +104,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def after_base() -> tuple[MemoryStore, CycleReport]:
     store = MemoryStore()
-    images = bars(OLD, 25, seed=1)
-    report = run_base(CONFIG, store, fit_alone, images, run_id="run-base", now_s=Clock())
-    return store, report
+    return store, base(store)
 
 
 @pytest.fixture
@@ -119,10 +119,26 @@ def copied(store: MemoryStore) -> MemoryStore:
     return copy
 
 
-def update(
-    store: MemoryStore, run_id: str = "run-update", config: Config = CONFIG, **more: object
+def base(
+    store: MemoryStore,
+    run_id: str = "run-base",
+    config: Config = CONFIG,
+    fit: Fit = fit_alone,
+    num_each: int = 25,
 ) -> CycleReport:
-    return run_update(config, store, fit_alone, run_id=run_id, now_s=Clock(), **more)
+    """A base training on as many images of every old class."""
+    images = bars(OLD, num_each, seed=1)
+    return run_base(config, store, fit, images, run_id=run_id, now_s=Clock())
+
+
+def update(
+    store: MemoryStore,
+    run_id: str = "run-update",
+    config: Config = CONFIG,
+    fit: Fit = fit_alone,
+    **more: object,
+) -> CycleReport:
+    return run_update(config, store, fit, run_id=run_id, now_s=Clock(), **more)
 
 
 def send(store: MemoryStore, images: LabelledImages, at_s: float = 1_700_000_100.0) -> None:
@@ -139,8 +155,8 @@ def promote(store: MemoryStore, version: str) -> None:
     )
 
 
-def stable(store: MemoryStore) -> str | None:
-    return ReleaseDesk(store, Clock()).read()[0].stable
+def released(store: MemoryStore) -> ReleaseDocument:
+    return ReleaseDesk(store, Clock()).read()[0]
 
 
 def rows_of(store: MemoryStore, run_id: str) -> list[dict[str, str]]:
@@ -171,7 +187,7 @@ def test_a_base_training_registers_v1_with_its_origin_and_releases_it(
     assert manifest.run_id == "run-base"
     assert manifest.snapshot_id == report.snapshot_id
     assert manifest.config["model"]["widths"] == [8, 16]
-    assert stable(store) == "v1"
+    assert released(store).stable == "v1"
     assert report.num_training + report.num_validation + report.num_holdout == 100
 
 
@@ -207,11 +223,9 @@ def test_the_log_has_each_imported_image_once(store: MemoryStore) -> None:
 def test_a_second_base_training_is_a_candidate_beside_a_stable_version(
     store: MemoryStore,
 ) -> None:
-    report = run_base(
-        CONFIG, store, fit_alone, bars(OLD, 25, seed=1), run_id="run-2", now_s=Clock()
-    )
+    report = base(store, "run-2")
 
-    document, _ = ReleaseDesk(store, Clock()).read()
+    document = released(store)
     assert report.version == "v2"
     assert report.released
     assert document.stable == "v1"
@@ -255,7 +269,7 @@ def test_an_update_learns_two_new_classes_and_offers_v1_1(store: MemoryStore) ->
     report = update(store)
 
     manifest, files = Registry(store).load("v1.1")
-    document, _ = ReleaseDesk(store, Clock()).read()
+    document = released(store)
     assert report.gate_passed, report.gate
     assert report.version == "v1.1"
     assert (manifest.parent, manifest.kind, manifest.path) == ("v1", "update", "fast")
@@ -326,31 +340,16 @@ def test_users_votes_are_learned_but_never_held_out(store: MemoryStore) -> None:
     images = bars(NEW, 25, seed=2)
     writer = LogWriter(store, CONFIG.feedback, "front-1", Clock())
     for number, (pixels, label) in enumerate(zip(images.images, images.labels, strict=True)):
-        answer = Prediction(
-            request_id=f"r{number}",
+        answer = a_prediction(
+            f"r{number}",
             at_s=1_700_000_100.0,
             content_hash=content_hash(pixels),
             class_name="0",
             scores=(1.0, 0.0, 0.0, 0.0),
             class_names=OLD,
-            version="v1",
-            variant="stable",
-            user="",
-            sampling_probability=1.0,
-            audit=False,
-            model_ms=1.0,
         )
         writer.log_prediction(answer, pixels)
-        vote = Feedback(
-            feedback_id=f"f{number}",
-            at_s=1_700_000_100.0,
-            kind="feedback",
-            label=label,
-            request_id=f"r{number}",
-            content_hash="",
-            user=f"user-{number}",
-            audit=False,
-        )
+        vote = a_label(f"r{number}", label, 1_700_000_100.0, user=f"user-{number}", audit=False)
         writer.record_feedback([vote], {})
     writer.close()
 
@@ -367,7 +366,7 @@ def test_a_run_that_is_not_to_be_released_is_registered_only(store: MemoryStore)
 
     report = update(store, release=False)
 
-    document, _ = ReleaseDesk(store, Clock()).read()
+    document = released(store)
     assert report.gate_passed
     assert not report.released
     assert document.intents == ()
@@ -382,7 +381,7 @@ def test_an_update_during_a_rollout_is_registered_and_says_why_it_waits(
 
     report = update(store, "run-2")
 
-    document, _ = ReleaseDesk(store, Clock()).read()
+    document = released(store)
     assert report.version == "v1.2"
     assert report.gate_passed
     assert not report.released
@@ -405,9 +404,9 @@ def test_a_resumed_run_sees_the_same_log_and_the_same_parent(store: MemoryStore)
     send(store, bars(NEW, 25, seed=2))
     undisturbed = update(copied(store))
     with pytest.raises(LostError):
-        run_update(CONFIG, store, lost, run_id="run-update", now_s=Clock())
+        update(store, fit=lost)
     send(store, bars(("0", "7"), 25, seed=4), at_s=1_700_000_200.0)
-    run_base(CONFIG, store, fit_alone, bars(OLD, 25, seed=1), run_id="run-2", now_s=Clock())
+    base(store, "run-2")
     promote(store, "v2")
 
     resumed = update(store)
@@ -420,12 +419,11 @@ def test_a_resumed_run_sees_the_same_log_and_the_same_parent(store: MemoryStore)
 
 def test_a_resumed_base_training_sees_the_same_log() -> None:
     store = MemoryStore()
-    images = bars(OLD, 25, seed=1)
     with pytest.raises(LostError):
-        run_base(CONFIG, store, lost, images, run_id="run-base", now_s=Clock())
+        base(store, fit=lost)
     send(store, bars(OLD, 5, seed=9))
 
-    resumed = run_base(CONFIG, store, fit_alone, images, run_id="run-base", now_s=Clock())
+    resumed = base(store)
 
     assert resumed.num_training + resumed.num_validation + resumed.num_holdout == 100
 
@@ -434,7 +432,7 @@ def test_a_finished_run_is_not_repeated(store: MemoryStore) -> None:
     send(store, bars(NEW, 25, seed=2))
     first = update(store)
 
-    again = run_update(CONFIG, store, lost, run_id="run-update", now_s=Clock())
+    again = update(store, fit=lost)
 
     assert again == first
     assert Registry(store).versions() == ["v1", "v1.1"]
@@ -443,10 +441,10 @@ def test_a_finished_run_is_not_repeated(store: MemoryStore) -> None:
 def test_a_run_cannot_go_on_as_another_kind(store: MemoryStore) -> None:
     send(store, bars(NEW, 25, seed=2))
     with pytest.raises(LostError):
-        run_update(CONFIG, store, lost, run_id="run-1", now_s=Clock())
+        update(store, "run-1", fit=lost)
 
     with pytest.raises(DataError, match=r"run-1 began as .*update.* base; start a new run"):
-        run_base(CONFIG, store, fit_alone, bars(OLD, 5, seed=1), run_id="run-1", now_s=Clock())
+        base(store, "run-1")
 
 
 def test_an_unknown_run_is_named() -> None:
@@ -480,9 +478,9 @@ def test_the_same_snapshot_seed_and_parent_give_the_same_bytes(
 def test_a_version_that_fails_the_gate_is_registered_but_not_offered(store: MemoryStore) -> None:
     send(store, bars(NEW, 25, seed=2))
 
-    report = run_update(CONFIG, store, spoiling, run_id="run-update", now_s=Clock())
+    report = update(store, fit=spoiling)
 
-    document, _ = ReleaseDesk(store, Clock()).read()
+    document = released(store)
     assert not report.gate_passed
     assert not report.released
     assert report.why_not_released == "its gate refused it"
@@ -493,19 +491,17 @@ def test_a_version_that_fails_the_gate_is_registered_but_not_offered(store: Memo
 def test_a_base_version_that_fails_the_gate_is_not_made_stable() -> None:
     store = MemoryStore()
 
-    report = run_base(
-        CONFIG, store, spoiling, bars(OLD, 25, seed=1), run_id="run-base", now_s=Clock()
-    )
+    report = base(store, fit=spoiling)
 
     assert not report.gate_passed
-    assert stable(store) is None
+    assert released(store).stable is None
     with pytest.raises(VersionError, match="--base"):
         update(store)
 
 
 def test_a_version_that_failed_leaves_its_examples_to_the_next(store: MemoryStore) -> None:
     send(store, bars(NEW, 25, seed=2))
-    run_update(CONFIG, store, spoiling, run_id="run-1", now_s=Clock())
+    update(store, "run-1", fit=spoiling)
 
     report = update(store, "run-2")
 
@@ -544,7 +540,7 @@ def test_without_a_hold_out_nothing_is_judged() -> None:
     )
 
     with pytest.raises(DataError, match="the hold-out is empty"):
-        run_base(config, MemoryStore(), fit_alone, bars(OLD, 25, seed=1), run_id="r", now_s=Clock())
+        base(MemoryStore(), config=config)
 
 
 def spoilt(files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -579,7 +575,7 @@ def test_two_updates_at_once_do_not_overwrite_one_another(store: MemoryStore) ->
             update(store, "run-2")
         return outcome
 
-    run_update(CONFIG, store, overtaken, run_id="run-1", now_s=Clock())
+    update(store, "run-1", fit=overtaken)
 
     runs = [Registry(store).manifest(v).run_id for v in Registry(store).versions()]
     assert runs == ["run-base", "run-2", "run-1"]
@@ -622,9 +618,7 @@ def in_precisions(front: str, slot: str, widths: tuple[int, ...] = (8, 16)) -> C
 
 def first_version(config: Config) -> tuple[MemoryStore, CycleReport]:
     store = MemoryStore()
-    images = bars(OLD, 25, seed=1)
-    report = run_base(config, store, fit_alone, images, run_id="run-base", now_s=Clock())
-    return store, report
+    return store, base(store, config=config)
 
 
 def test_the_gate_judges_at_every_precision_that_answers_are_given_in() -> None:
@@ -715,9 +709,7 @@ def answers_of(store: MemoryStore, version: str, images: LabelledImages) -> tupl
 @pytest.fixture(scope="module")
 def after_cascade() -> tuple[MemoryStore, CycleReport]:
     store = MemoryStore()
-    images = bars(OLD, 170, seed=1)
-    config = with_cascade()
-    return store, run_base(config, store, fit_alone, images, run_id="run-base", now_s=Clock())
+    return store, base(store, config=with_cascade(), num_each=170)
 
 
 def test_a_version_has_a_light_model_that_answers_a_share_within_the_allowed_loss(
@@ -756,9 +748,8 @@ def test_an_update_teaches_the_light_model_its_new_classes(
 
 def test_a_small_hold_out_proves_no_light_model_and_the_report_says_so() -> None:
     store = MemoryStore()
-    images = bars(OLD, 25, seed=1)
 
-    report = run_base(with_cascade(), store, fit_alone, images, run_id="run-base", now_s=Clock())
+    report = base(store, config=with_cascade())
 
     assert report.released
     assert report.cascade is not None
@@ -773,14 +764,7 @@ def test_a_light_model_that_learned_nothing_is_never_asked() -> None:
         update={"iterations": 1, "learning_rate": 1e-9}
     )
 
-    report = run_base(
-        with_cascade(trainer=trainer),
-        store,
-        fit_alone,
-        bars(OLD, 170, seed=1),
-        run_id="run-base",
-        now_s=Clock(),
-    )
+    report = base(store, config=with_cascade(trainer=trainer), num_each=170)
 
     assert report.released
     assert report.cascade is not None
@@ -801,14 +785,7 @@ def test_a_light_model_that_the_gate_refuses_leaves_the_version_to_its_own(
     )
     store = MemoryStore()
 
-    report = run_base(
-        with_cascade(trainer=trainer),
-        store,
-        fit_alone,
-        bars(OLD, 40, seed=1),
-        run_id="run-base",
-        now_s=Clock(),
-    )
+    report = base(store, config=with_cascade(trainer=trainer), num_each=40)
 
     assert report.gate_passed
     assert report.cascade is not None

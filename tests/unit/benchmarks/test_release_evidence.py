@@ -17,10 +17,10 @@ ALPHA = RolloutConfig().alpha
 
 
 def test_no_kind_of_stream_is_decided_falsely_more_often_than_alpha() -> None:
-    found = [*release_evidence.simulate(RolloutConfig(), streams=60, labels=1_000, seed=0)]
+    found = [*release_evidence.simulate(RolloutConfig(), streams=30, labels=1_000, seed=0)]
 
     assert {one.truth for one in found} >= {"equal", "worse by the margin"}
-    chance = 4 * math.sqrt(ALPHA * (1 - ALPHA) / 60)
+    chance = 4 * math.sqrt(ALPHA * (1 - ALPHA) / 30)
     for one in found:
         assert getattr(one, one.is_false) <= ALPHA + chance, one
         assert one.promoted + one.aborted + one.undecided == pytest.approx(1)

@@ -30,6 +30,7 @@ from lifelong_ray.types import (
     StorageError,
     StorageFullError,
 )
+from tests.rows import a_prediction
 
 NOON_S = 1_700_049_600.0
 HOUR_S = 3_600.0
@@ -76,16 +77,13 @@ def image(n: int) -> Pixels:
 
 
 def prediction(n: int, pixels: Pixels | None = None, at_s: float = NOON_S) -> Prediction:
-    return Prediction(
-        request_id=f"request-{n}",
+    return a_prediction(
+        f"request-{n}",
         at_s=at_s + n / 1_000,
         content_hash=content_hash(image(n) if pixels is None else pixels),
-        class_name="cat",
         scores=(0.1 + n / 7, 0.2),
         class_names=("cat", "Ünïcode"),
         version="v1.1",
-        variant="stable",
-        user="",
         sampling_probability=0.5,
         audit=bool(n % 2),
         model_ms=1.5,

@@ -17,6 +17,7 @@ from lifelong_ray.learning.replay import (
     mix_batches,
 )
 from lifelong_ray.types import LearningError
+from tests.proof import short_and_long
 
 # A statistical test of this file fails by chance once in a million runs with new seeds.
 ONE_IN_A_MILLION = 1e-6
@@ -74,10 +75,11 @@ def in_parts(generator, parts, places=6, selection="class_balanced", **more) -> 
     return memory
 
 
+@short_and_long("rounds", 120, 4_000)
 @pytest.mark.parametrize("selection", ["class_balanced", "reservoir"])
 @pytest.mark.parametrize("parts", [(24,), (4, 13, 7), (7, *[1] * 5), (5, 0, 18, 1)])
-def test_every_example_ever_offered_is_kept_with_the_same_probability(parts, selection):
-    rounds, num_seen = 400, sum(parts)
+def test_every_example_ever_offered_is_kept_with_the_same_probability(parts, selection, rounds):
+    num_seen = sum(parts)
 
     kept_N = how_often(lambda g: in_parts(g, parts, selection=selection), num_seen, rounds)
 
@@ -85,14 +87,15 @@ def test_every_example_ever_offered_is_kept_with_the_same_probability(parts, sel
     assert_fair(kept_N, 6 / num_seen, rounds)
 
 
-def test_pairs_of_one_update_are_kept_together_as_in_a_simple_random_sample():
+@short_and_long("rounds", 300, 20_000)
+def test_pairs_of_one_update_are_kept_together_as_in_a_simple_random_sample(rounds):
     together = 0
     generator = seeded()
-    for _ in range(1_000):
+    for _ in range(rounds):
         together += {0, 1} <= set(numbers(in_parts(generator, (8,), places=3)))
 
     expected = 3 / 8 * 2 / 7
-    assert stats.binomtest(together, 1_000, expected).pvalue > ONE_IN_A_MILLION
+    assert stats.binomtest(together, rounds, expected).pvalue > ONE_IN_A_MILLION
 
 
 def test_an_update_has_its_part_of_a_class_to_the_place():
@@ -107,9 +110,8 @@ def test_an_update_has_its_part_of_a_class_to_the_place():
     ]
 
 
-def test_a_memory_that_keeps_a_share_stays_fair_while_it_grows():
-    rounds = 800
-
+@short_and_long("rounds", 200, 8_000)
+def test_a_memory_that_keeps_a_share_stays_fair_while_it_grows(rounds):
     kept_N = how_often(lambda g: in_parts(g, (20, 10, 30), 0, memory_share=0.2), 60, rounds)
 
     assert kept_N.sum() == 12 * rounds
@@ -194,11 +196,12 @@ def test_a_global_reservoir_keeps_more_of_frequent_classes():
     assert stats.hypergeom(1_000, 100, 200).sf(rare - 1) > ONE_IN_A_MILLION
 
 
+@short_and_long("rounds", 200, 8_000)
 @pytest.mark.parametrize("then", ["class_balanced", "reservoir"])
-def test_weights_stay_right_when_capacity_rises(then):
+def test_weights_stay_right_when_capacity_rises(then, rounds):
     """As when new classes enlarge a reservoir: new examples are kept at a higher rate."""
     generator, estimates = seeded(), []
-    for _ in range(800):
+    for _ in range(rounds):
         memory = in_parts(generator, (40,), 4)
         memory = memory.updated(
             numbered(40, 20),
@@ -520,7 +523,8 @@ def test_everything_can_be_forgotten():
     assert left.seen.tolist() == [0]
 
 
-def test_what_is_left_after_erasing_is_as_fair_as_before():
+@short_and_long("rounds", 200, 6_000)
+def test_what_is_left_after_erasing_is_as_fair_as_before(rounds):
     gone = 5
 
     def offer(generator: torch.Generator) -> ReplayMemory:
@@ -533,10 +537,10 @@ def test_what_is_left_after_erasing_is_as_fair_as_before():
             generator=generator,
         )
 
-    kept_N = how_often(offer, 30, rounds=600)
+    kept_N = how_often(offer, 30, rounds)
 
     assert kept_N[gone] == 0
-    assert_fair(torch.cat([kept_N[:gone], kept_N[gone + 1 :]]), 6 / 29, rounds=600)
+    assert_fair(torch.cat([kept_N[:gone], kept_N[gone + 1 :]]), 6 / 29, rounds)
 
 
 def test_what_cannot_be_forgotten_is_named():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ from lifelong_ray.config import FeedbackConfig, StepConfig
 from lifelong_ray.feedback import LogWriter
 from lifelong_ray.on_ray.comparisons import compared
 from lifelong_ray.release import Event, ReleaseDesk, Rollout
-from lifelong_ray.types import Comparison, Feedback, NotFoundError
+from lifelong_ray.types import NotFoundError
 from tests.fakes import MemoryStore
+from tests.rows import a_comparison, a_label
 
 NOW_S = 1_800_000_000.0
 LONG_AGO_S = NOW_S - 5 * 3_600
@@ -43,42 +43,15 @@ def store() -> MemoryStore:
         )
         ReleaseDesk(store, lambda: NOW_S).record_rollout(rollout, [event])
         log = LogWriter(store, FeedbackConfig(), "front", lambda at_s=at_s: at_s)  # type: ignore[misc]  # a clock
-        rows = [pair(f"{rollout_id}-{n}", rollout_id, at_s + n) for n in range(number)]
+        rows = [
+            a_comparison(f"{rollout_id}-{n}", rollout_id=rollout_id, at_s=at_s + n)
+            for n in range(number)
+        ]
         for row in rows:
             log.log_comparison(row)
         log.flush()
-        log.record_feedback([label(rows[0].request_id, at_s)], {})
+        log.record_feedback([a_label(rows[0].request_id, "cat", at_s)], {})
     return store
-
-
-def pair(request_id: str, rollout_id: str, at_s: float) -> Comparison:
-    return Comparison(
-        request_id=request_id,
-        at_s=at_s,
-        rollout_id=rollout_id,
-        stable_version="v1",
-        stable_class="boot",
-        stable_confidence=0.9,
-        candidate_version="v1.1",
-        candidate_class="boot",
-        candidate_confidence=0.9,
-        stable_ms=1.0,
-        candidate_ms=1.0,
-        audit=True,
-    )
-
-
-def label(request_id: str, at_s: float) -> Feedback:
-    return Feedback(
-        feedback_id=f"vote-{request_id}",
-        at_s=at_s,
-        kind="feedback",
-        label="boot",
-        request_id=request_id,
-        content_hash="",
-        user="",
-        audit=True,
-    )
 
 
 def shown(store: MemoryStore, **options: Any) -> dict[str, Any]:
@@ -127,7 +100,7 @@ def test_an_empty_log_has_nothing_to_show() -> None:
 
 def test_rows_are_in_the_order_of_their_requests(store: MemoryStore) -> None:
     log = LogWriter(store, FeedbackConfig(), "late", lambda: NOW_S)
-    log.log_comparison(replace(pair("early", "r2", NOW_S - 90), audit=False))
+    log.log_comparison(a_comparison("early", rollout_id="r2", at_s=NOW_S - 90, audit=False))
     log.flush()
 
     assert [row["request_id"] for row in shown(store)["comparisons"]] == ["early", "r2-0"]

@@ -19,8 +19,9 @@ from lifelong_ray.release import (
     Split,
 )
 from lifelong_ray.storage import Store
-from lifelong_ray.types import Comparison, ConflictError, Feedback
+from lifelong_ray.types import ConflictError, Feedback
 from tests.fakes import MemoryStore
+from tests.rows import a_comparison, a_label
 from tests.unit.on_ray.world import add_version, settings
 
 START_S = 1_800_000_000.0
@@ -113,34 +114,17 @@ class Stage:
             self.num_rows += 1
             request_id = f"request-{self.num_rows}"
             self.log.log_comparison(
-                Comparison(
-                    request_id=request_id,
+                a_comparison(
+                    request_id,
+                    stable="boot",
+                    candidate=candidate,
                     at_s=self.now_s,
                     rollout_id=rollout_id or rollout.id,
-                    stable_version="v1",
-                    stable_class="boot",
-                    stable_confidence=0.9,
-                    candidate_version="v1.1",
-                    candidate_class=candidate,
-                    candidate_confidence=0.9,
-                    stable_ms=1.0,
-                    candidate_ms=1.0,
                     audit=audit,
                 )
             )
             if label is not None:
-                votes.append(
-                    Feedback(
-                        feedback_id=f"vote-{self.num_rows}",
-                        at_s=self.now_s,
-                        kind="feedback",
-                        label=label,
-                        request_id=request_id,
-                        content_hash="",
-                        user="",
-                        audit=audit,
-                    )
-                )
+                votes.append(a_label(request_id, label, self.now_s, audit=audit))
         self.log.flush()
         self.log.record_feedback(votes, {})
 
@@ -398,18 +382,7 @@ def label_answers(stage: Stage, version: str, variant: str, *, right: int, wrong
     votes = []
     for number in range(right + wrong):
         request_id = ids.issue(stage.now_s, version, variant, "boot", audit=True)
-        votes.append(
-            Feedback(
-                feedback_id=f"{variant}-{stage.now_s}-{number}",
-                at_s=stage.now_s,
-                kind="feedback",
-                label="boot" if number < right else "shoe",
-                request_id=request_id,
-                content_hash="",
-                user="",
-                audit=True,
-            )
-        )
+        votes.append(a_label(request_id, "boot" if number < right else "shoe", stage.now_s))
     stage.log.record_feedback(votes, {})
 
 

@@ -132,7 +132,7 @@ def test_of_a_hundred_thousand_keys_every_weight_gets_its_share_and_moves_nobody
 
     for weight in range(101):
         document = a_document(weight, shadow=0.5)
-        for user, needed in zip(users[:1_000], lowest[:1_000], strict=True):
+        for user, needed in zip(users[:300], lowest[:300], strict=True):
             assert (assign(document, user).variant == "candidate") == (weight >= needed)
         chosen = int((lowest <= weight).sum())
         # Five standard deviations of a binomial share: 1 in 20,000 for all weights together.
@@ -141,8 +141,8 @@ def test_of_a_hundred_thousand_keys_every_weight_gets_its_share_and_moves_nobody
 
     for weight in (0, 1, 50, 99, 100):
         document = a_document(weight, shadow=0.5)
-        variants = np.array([assign(document, user).variant for user in users])
-        assert ((variants == "candidate") == (lowest <= weight)).all()
+        variants = np.array([assign(document, user).variant for user in users[:10_000]])
+        assert ((variants == "candidate") == (lowest[:10_000] <= weight)).all()
 
 
 def test_an_override_is_followed_by_every_key_at_every_weight() -> None:

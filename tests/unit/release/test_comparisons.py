@@ -8,44 +8,16 @@ from dataclasses import replace
 import pytest
 
 from lifelong_ray.release import LabelledPairs, ModelLatency, summarise_comparisons
-from lifelong_ray.types import Comparison, Feedback
-
-
-def a_pair(
-    request_id: str, stable: str = "cat", candidate: str = "cat", **more: object
-) -> Comparison:
-    row = Comparison(
-        request_id=request_id,
-        at_s=1.0,
-        rollout_id="r1",
-        stable_version="v1",
-        stable_class=stable,
-        stable_confidence=0.5,
-        candidate_version="v1.1",
-        candidate_class=candidate,
-        candidate_confidence=0.75,
-        stable_ms=1.0,
-        candidate_ms=2.0,
-        audit=False,
-    )
-    return replace(row, **more)  # type: ignore[arg-type]  # any field
-
-
-def a_label(request_id: str, label: str, at_s: float = 2.0) -> Feedback:
-    return Feedback(
-        feedback_id=f"{request_id}-{at_s}",
-        at_s=at_s,
-        kind="feedback",
-        label=label,
-        request_id=request_id,
-        content_hash="",
-        user="",
-        audit=False,
-    )
+from tests.rows import a_comparison, a_label
 
 
 def test_agreement_is_the_share_of_requests_with_one_class_from_both() -> None:
-    rows = [a_pair("a"), a_pair("b"), a_pair("c"), a_pair("d", candidate="dog")]
+    rows = [
+        a_comparison("a"),
+        a_comparison("b"),
+        a_comparison("c"),
+        a_comparison("d", candidate="dog"),
+    ]
 
     [summary] = summarise_comparisons(rows, [])
 
@@ -55,8 +27,10 @@ def test_agreement_is_the_share_of_requests_with_one_class_from_both() -> None:
 
 
 def test_the_difference_in_confidence_comes_with_its_standard_error() -> None:
-    confidences = (0.6, 0.7, 0.8)
-    rows = [a_pair(str(c), candidate_confidence=c) for c in confidences]
+    rows = [
+        a_comparison(str(confidence), stable_confidence=0.5, candidate_confidence=confidence)
+        for confidence in (0.6, 0.7, 0.8)
+    ]
 
     [summary] = summarise_comparisons(rows, [])
 
@@ -65,14 +39,16 @@ def test_the_difference_in_confidence_comes_with_its_standard_error() -> None:
 
 
 def test_one_pair_has_no_standard_error() -> None:
-    [summary] = summarise_comparisons([a_pair("a")], [])
+    row = a_comparison("a", stable_confidence=0.5, candidate_confidence=0.75)
+
+    [summary] = summarise_comparisons([row], [])
 
     assert summary.confidence_difference == pytest.approx(0.25)
     assert summary.confidence_difference_se is None
 
 
 def test_latency_is_that_inside_the_models_which_were_asked() -> None:
-    rows = [a_pair(str(n), stable_ms=float(n), candidate_ms=0.0) for n in range(101)]
+    rows = [a_comparison(str(n), stable_ms=float(n), candidate_ms=0.0) for n in range(101)]
 
     [summary] = summarise_comparisons(rows, [])
 
@@ -84,11 +60,11 @@ def test_latency_is_that_inside_the_models_which_were_asked() -> None:
 
 def test_later_labels_say_who_was_right() -> None:
     rows = [
-        a_pair("both"),
-        a_pair("candidate", candidate="dog"),
-        a_pair("stable", candidate="dog", audit=True),
-        a_pair("neither", candidate="dog"),
-        a_pair("unlabelled", candidate="dog"),
+        a_comparison("both", audit=False),
+        a_comparison("candidate", candidate="dog", audit=False),
+        a_comparison("stable", candidate="dog"),
+        a_comparison("neither", candidate="dog", audit=False),
+        a_comparison("unlabelled", candidate="dog"),
     ]
     labels = [
         a_label("both", "cat"),
@@ -105,7 +81,7 @@ def test_later_labels_say_who_was_right() -> None:
 
 
 def test_the_first_label_counts_and_rows_of_one_request_count_once() -> None:
-    rows = [a_pair("a", candidate="dog")] * 2
+    rows = [a_comparison("a", candidate="dog")] * 2
     labels = [a_label("a", "cat", at_s=9.0), a_label("a", "dog", at_s=2.0)]
 
     [summary] = summarise_comparisons(rows, [*labels, replace(labels[0], kind="import", at_s=0.0)])
@@ -115,7 +91,7 @@ def test_the_first_label_counts_and_rows_of_one_request_count_once() -> None:
 
 
 def test_a_candidate_without_an_answer_was_wrong_and_has_no_confidence() -> None:
-    rows = [a_pair("a", candidate="", candidate_confidence=0.0, candidate_ms=0.0)]
+    rows = [a_comparison("a", candidate="", candidate_confidence=0.0, candidate_ms=0.0)]
 
     [summary] = summarise_comparisons(rows, [a_label("a", "cat")])
 
@@ -125,7 +101,11 @@ def test_a_candidate_without_an_answer_was_wrong_and_has_no_confidence() -> None
 
 
 def test_rollouts_are_told_apart_in_the_order_of_their_first_request() -> None:
-    rows = [a_pair("b", rollout_id="r2", at_s=2.0), a_pair("a"), a_pair("c", at_s=3.0)]
+    rows = [
+        a_comparison("b", rollout_id="r2", at_s=2.0),
+        a_comparison("a"),
+        a_comparison("c", at_s=3.0),
+    ]
 
     summaries = summarise_comparisons(rows, [])
 

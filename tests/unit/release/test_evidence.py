@@ -18,7 +18,8 @@ from lifelong_ray.release import (
     judge_evidence,
 )
 from lifelong_ray.release.evidence import log_e_inferior, log_e_not_inferior, log_wealth
-from lifelong_ray.types import Comparison, Feedback
+from tests.proof import short_and_long
+from tests.rows import a_comparison, a_label
 
 counts = st.integers(0, 400)
 pairs_of_any_size = st.builds(Pairs, counts, counts, counts)
@@ -185,6 +186,7 @@ def first_crossings(
     return crossed
 
 
+@short_and_long("streams", 200, 8_000)
 @pytest.mark.parametrize(
     ("p_better", "p_worse", "margin"),
     [
@@ -195,11 +197,11 @@ def first_crossings(
     ],
 )
 def test_false_promotions_stay_within_alpha_when_looking_after_every_label(
-    p_better: float, p_worse: float, margin: float
+    p_better: float, p_worse: float, margin: float, streams: int
 ) -> None:
     alpha = 0.05
 
-    crossed = first_crossings(p_better, p_worse, margin, streams=800, labels=1_500, alpha=alpha)
+    crossed = first_crossings(p_better, p_worse, margin, streams=streams, labels=1_500, alpha=alpha)
 
     share = np.isfinite(crossed).mean()
     print(f"false promotions {share:.3f} of alpha {alpha}")
@@ -240,36 +242,6 @@ def test_the_confidence_sequence_misses_the_truth_at_any_look_with_at_most_alpha
 
 
 # ---------------------------------------------------------------- joining labels
-
-
-def a_comparison(request_id: str, stable: str, candidate: str) -> Comparison:
-    return Comparison(
-        request_id=request_id,
-        at_s=1.0,
-        rollout_id="r1",
-        stable_version="v1",
-        stable_class=stable,
-        stable_confidence=0.9,
-        candidate_version="v1.1",
-        candidate_class=candidate,
-        candidate_confidence=0.9,
-        stable_ms=1.0,
-        candidate_ms=1.0,
-        audit=True,
-    )
-
-
-def a_label(request_id: str, label: str, at_s: float = 2.0) -> Feedback:
-    return Feedback(
-        feedback_id=f"{request_id}-{at_s}",
-        at_s=at_s,
-        kind="feedback",
-        label=label,
-        request_id=request_id,
-        content_hash="",
-        user="",
-        audit=True,
-    )
 
 
 def test_labels_turn_comparisons_into_pairs() -> None:

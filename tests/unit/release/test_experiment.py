@@ -31,6 +31,7 @@ from lifelong_ray.release import (
 )
 from lifelong_ray.release.corrections import ratio_interval
 from lifelong_ray.release.transitions import objection
+from tests.proof import short_and_long
 
 CONFIG = ExperimentConfig(interval_s=60.0)
 NOW_S = 1_000.0
@@ -475,11 +476,14 @@ def test_the_interval_of_the_ratio_holds_its_estimate_and_narrows() -> None:
     assert few[0] < many[0] < 0.5 < many[1] < few[1]
 
 
-def test_the_interval_of_the_ratio_misses_the_truth_at_any_look_with_at_most_alpha() -> None:
+@short_and_long("streams", 30, 2_000)
+def test_the_interval_of_the_ratio_misses_the_truth_at_any_look_with_at_most_alpha(
+    streams: int,
+) -> None:
     rng, alpha, truth, weight = np.random.default_rng(5), 0.1, 1.5, 30
     share = weight * truth / (weight * truth + 100 - weight)
     missed = 0
-    for _ in range(60):
+    for _ in range(streams):
         mine = np.cumsum(rng.random(300) < share)
         for number in range(20, 301, 20):
             candidate = int(mine[number - 1])
@@ -490,4 +494,4 @@ def test_the_interval_of_the_ratio_misses_the_truth_at_any_look_with_at_most_alp
                 missed += 1
                 break
 
-    assert missed <= 60 * alpha
+    assert missed <= streams * alpha

@@ -27,6 +27,7 @@ from lifelong_ray.release import (
     needs_slot,
 )
 from lifelong_ray.release.document import What
+from tests.proof import short_and_long
 
 CONFIG = RolloutConfig()
 GOOD = Pairs(better=40, same=60)
@@ -718,11 +719,12 @@ def a_story(seed: int) -> tuple[set[str], set[int]]:
     return happened, weights
 
 
-def test_whatever_is_observed_the_invariants_of_a_release_hold() -> None:
+@short_and_long("stories", 60, 2_000)
+def test_whatever_is_observed_the_invariants_of_a_release_hold(stories: int) -> None:
     happened: set[str] = set()
     weights: set[int] = set()
 
-    for seed in range(100):
+    for seed in range(stories):
         more_happened, more_weights = a_story(seed)
         happened |= more_happened
         weights |= more_weights

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lifelong_ray.release import sample_ratio
 from lifelong_ray.release.sample_ratio import log_e_split
+from tests.proof import short_and_long
 
 ALPHA = 0.001
 splits = st.sampled_from([(95, 5), (50, 50), (99, 1), (34, 33, 33), (70, 20, 5, 5)])
@@ -52,15 +53,16 @@ def first_alarms(
     return alarms
 
 
+@short_and_long("streams", 100, 4_000)
 @pytest.mark.parametrize("weights", [(95, 5), (50, 50), (60, 20, 20)])
 def test_a_sound_split_hardly_ever_raises_an_alarm_however_often_one_looks(
-    weights: tuple[int, ...],
+    weights: tuple[int, ...], streams: int
 ) -> None:
-    alarms = first_alarms(weights, weights, streams=300, requests=2_000)
+    alarms = first_alarms(weights, weights, streams=streams, requests=2_000)
 
     share = np.isfinite(alarms).mean()
     print(f"false alarms {share:.4f} of alpha {ALPHA}")
-    assert share <= 0.01  # at alpha 0.001, more than 3 of 300 come once in 3,000 runs
+    assert share <= ALPHA + 4 * math.sqrt(ALPHA * (1 - ALPHA) / streams)
 
 
 def test_a_chi_square_test_at_every_look_would_not_keep_its_promise() -> None:
