@@ -246,6 +246,7 @@ class FrontDeployment:
             "x-model-version": served.answer.version,
             "x-variant": served.variant,
             "x-cache": "hit" if served.answer.cached else "miss",
+            "x-answered-by": "light" if served.answer.light else "full",
         }
         return json_response(self._as_json(served), headers)
 
