@@ -55,6 +55,7 @@ from lifelong_ray.types import (
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_SAY_NOTHING = (OverloadedError, ModelHostGoneError)  # about the version that was asked
 MAX_LABEL_CHARS = 200
 MAX_REASON_CHARS = 500
 
@@ -78,6 +79,9 @@ class CandidateSlot(Protocol):
 
     async def ask(self, version: str, image: CleanImage) -> VersionAnswer:
         """Answer with `version`; any exception means that it did not answer."""
+
+    def was_there(self, within_s: float) -> bool:
+        """Whether any slot gave a sign of life in the last `within_s` seconds."""
 
 
 class ReportSink(Protocol):
@@ -362,16 +366,26 @@ class Front:
         if in_process and version in self._warm.names:
             return await self._ask_held(version, image)
         clean = image.clean() if image.is_clean else await self._in_thread(image.clean)
+        return await self._counted(version, self._ask_slot(version, clean))
+
+    async def _ask_slot(self, version: str, image: CleanImage) -> VersionAnswer:
         timeout_s = self._config.serving.slot_timeout_s
-        asked = asyncio.wait_for(self._slot.ask(version, clean), timeout_s)
-        return await self._counted(version, asked)
+        try:
+            return await asyncio.wait_for(self._slot.ask(version, image), timeout_s)
+        except TimeoutError:
+            if self._slot.was_there(timeout_s):
+                raise
+            # Serve lets a request wait for the slot that it starts where one died.
+            raise ModelHostGoneError(
+                f"no slot was there within {timeout_s:g} s; another one is started"
+            ) from None
 
     async def _counted(self, version: str, asked: Awaitable[VersionAnswer]) -> VersionAnswer:
         counter = self._counters.get
         try:
             answer = await asked
-        except (OverloadedError, BadImageError, ModelHostGoneError):
-            raise  # says nothing about the version
+        except (BadImageError, *_SAY_NOTHING):
+            raise
         except Exception:
             self._counters[version] = counter(version, Counter()).failed()
             raise
@@ -416,7 +430,7 @@ class Front:
         except Exception as error:  # noqa: BLE001 - a comparison may never hurt the front
             if served.variant != "candidate":
                 self._copies_at_once = max(1, self._copies_at_once // 2)
-            if served.variant == "candidate" or isinstance(error, OverloadedError):
+            if served.variant == "candidate" or isinstance(error, _SAY_NOTHING):
                 self.dropped_comparisons += 1
                 logger.warning("comparison dropped: %r", error)
                 return
@@ -455,7 +469,10 @@ class Front:
         wanted = needed_versions(document, self._config.rollout)
         # The document in force keeps its versions until the new one is followed.
         current = self.document.stable
-        self._warm.hold(wanted | ({current} if current else set()))
+        wanted |= {current} if current else set()
+        # What users see first: it may be all of them that are loaded anew.
+        first = current or document.stable
+        self._warm.hold(sorted(wanted, key=lambda version: version != first))
         if document.stable is None or document.stable in self._warm.names:
             self.document = document
         self._forget_ended_trials()
