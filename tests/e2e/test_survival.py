@@ -422,16 +422,3 @@ def test_a_rollout_ends_although_its_processes_die_one_by_one(second_life: World
     # Where a front or its models died, and while the other one was not there either.
     assert set(users.failures) <= {"no answer", "503 loading"}
     assert [one.status for one in burst(second_life, repeated(12))] == [200] * 12
-
-
-def test_zz_measure(second_life: World) -> None:
-    time.sleep(12)
-    for title in ("on_ray.model_process", "ServeReplica:default:front", "haproxy -db"):
-        with Users(second_life) as users:
-            time.sleep(1)
-            before = sum(users.versions.values())
-            processes = [p for p, c in started_processes(MARK).items() if title in c]
-            print(title, processes)
-            os.kill(processes[-1] if "model" not in title else processes[0], signal.SIGKILL)
-            time.sleep(8)
-        print(title, before, users.versions, users.failures)
