@@ -114,8 +114,11 @@ def free_port() -> int:
         return port
 
 
-def started_processes() -> dict[int, str]:
-    """Command lines, by id, of the living processes that this test run started."""
+def started_processes(mark: str = RUN_MARK) -> dict[int, str]:
+    """Command lines, by id, of the living processes that have `mark` in their environment.
+
+    By default of all that this test run started.
+    """
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -126,7 +129,7 @@ def started_processes() -> dict[int, str]:
         except OSError:  # ended meanwhile, or another user's
             continue
         # Python's own helper for shared memory lives as long as this process.
-        if RUN_MARK.encode() in environment.split(b"\0") and "resource_tracker" not in command:
+        if mark.encode() in environment.split(b"\0") and "resource_tracker" not in command:
             found[int(entry.name)] = command.strip()
     return found
 

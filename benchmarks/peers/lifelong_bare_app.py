@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from typing import Any
 
 from lifelong_ray.feedback import SentImage
@@ -84,4 +83,4 @@ def app(args: dict[str, str]) -> Any:
 
 
 if __name__ == "__main__":
-    model_process._serve(*(Connection(int(descriptor)) for descriptor in sys.argv[1:3]))
+    model_process.main(sys.argv[1:3])

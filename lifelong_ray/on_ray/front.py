@@ -28,8 +28,8 @@ from lifelong_ray.feedback import (
     pseudonym,
     uuid7,
 )
-from lifelong_ray.on_ray.copies import Copies, Slot
 from lifelong_ray.on_ray.models import ModelHost, VersionAnswer
+from lifelong_ray.on_ray.slots import CandidateSlot, Copies, SlotInTime
 from lifelong_ray.on_ray.warm import WarmVersion, WarmVersions
 from lifelong_ray.release import (
     Assignment,
@@ -56,6 +56,7 @@ from lifelong_ray.types import (
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_SAY_NOTHING = (OverloadedError, ModelHostGoneError)  # about the version that was asked
 MAX_LABEL_CHARS = 200
 MAX_REASON_CHARS = 500
 
@@ -72,13 +73,6 @@ class Served:
     answer: VersionAnswer
     variant: str
     audit: bool
-
-
-class CandidateSlot(Slot, Protocol):
-    """The deployment that holds a candidate by itself."""
-
-    async def ask(self, version: str, image: CleanImage) -> VersionAnswer:
-        """Answer with `version`; any exception means that it did not answer."""
 
 
 class ReportSink(Protocol):
@@ -118,7 +112,7 @@ class Front:
     ) -> None:
         self._config = config
         self._on_look = on_look
-        self._slot = slot
+        self._slot = SlotInTime(slot, config.serving.slot_timeout_s)
         self._controller = controller
         self._now_s = now_s
         self._rng = rng
@@ -135,9 +129,7 @@ class Front:
         self._by_arm: dict[str, tuple[int, ...]] = {}
         self._comparing: set[asyncio.Task[None]] = set()
         self._comparing_bytes = 0
-        self._copies = Copies(
-            slot, most=config.serving.max_batch, timeout_s=config.serving.slot_timeout_s
-        )
+        self._copies = Copies(self._slot, most=config.serving.max_batch)
         self.dropped_comparisons = 0
         self.document = ReleaseDocument()
         self._follower: asyncio.Task[None] | None = None
@@ -359,9 +351,7 @@ class Front:
         if self._answers_in_process(document, version):
             return await self._ask_held(version, image)
         clean = image.clean() if image.is_clean else await self._in_thread(image.clean)
-        timeout_s = self._config.serving.slot_timeout_s
-        asked = asyncio.wait_for(self._slot.ask(version, clean), timeout_s)
-        return await self._counted(version, asked)
+        return await self._counted(version, self._slot.ask(version, clean))
 
     def _answers_in_process(self, document: ReleaseDocument, version: str) -> bool:
         rollout = document.rollout
@@ -372,8 +362,8 @@ class Front:
         counter = self._counters.get
         try:
             answer = await asked
-        except (OverloadedError, BadImageError, ModelHostGoneError):
-            raise  # says nothing about the version
+        except (BadImageError, *_SAY_NOTHING):
+            raise
         except Exception:
             self._counters[version] = counter(version, Counter()).failed()
             raise
@@ -417,7 +407,7 @@ class Front:
                 asked = self._copies.ask(rollout.candidate, image)
                 candidate = await self._counted(rollout.candidate, asked)
         except Exception as error:  # noqa: BLE001 - a comparison may never hurt the front
-            if served.variant == "candidate" or isinstance(error, OverloadedError):
+            if served.variant == "candidate" or isinstance(error, _SAY_NOTHING):
                 self.dropped_comparisons += 1
                 logger.debug("comparison dropped: %r", error)
                 return
@@ -456,7 +446,10 @@ class Front:
         wanted = needed_versions(document, self._config.rollout)
         # The document in force keeps its versions until the new one is followed.
         current = self.document.stable
-        self._warm.hold(wanted | ({current} if current else set()))
+        wanted |= {current} if current else set()
+        # What users see first: it may be all of them that are loaded anew.
+        first = current or document.stable
+        self._warm.hold(sorted(wanted, key=lambda version: version != first))
         if document.stable is None or document.stable in self._warm.names:
             self.document = document
         self._forget_ended_trials()

@@ -38,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _MOST_DIGITS = 18  # Of a length in bytes.
+# A body that comes byte by byte would hold one of the requests that a replica takes at a time, and
+# neither Serve nor HAProxy ends it. One that keeps the pace may take the time its size needs.
+_BODY_BEGINS_WITHIN_S = 10.0
+_LEAST_BYTES_PER_S = 10_000
 
 _STATUS_AND_CODE: tuple[tuple[type[LifelongError], int, str], ...] = (
     (BadRequestIdError, 404, "unknown_request_id"),
@@ -157,11 +161,12 @@ ASKER_PARAMETERS: dict[str, Any] = {
 async def read_uploads(request: Request, *, field: str, max_bytes: int) -> UploadForm:
     """Read images from a raw body or from the multipart field `field`.
 
-    The body is cut off as soon as it exceeds `max_bytes`, whatever its headers claim.
+    The body is cut off as soon as it exceeds `max_bytes`, whatever its headers claim, or comes too
+    slowly.
 
     Raises:
         BadImageError: If the body is too large.
-        RequestError: If a multipart body is malformed or lacks the field.
+        RequestError: If it comes too slowly, or is multipart and malformed or lacks the field.
     """
     bounded = Request(request.scope, _bounded_receive(request, max_bytes))
     content_type = request.headers.get("content-type", "")
@@ -191,7 +196,7 @@ async def read_json(request: Request, *, max_bytes: int = 1_000_000) -> dict[str
     """Read a JSON object; an empty body is an empty one.
 
     Raises:
-        RequestError: If the body is not a JSON object.
+        RequestError: If the body is not a JSON object, or comes too slowly.
     """
     bounded = Request(request.scope, _bounded_receive(request, max_bytes))
     try:
@@ -223,7 +228,12 @@ async def within(timeout_ms: float | None, asked: Awaitable[T]) -> T:
 
 
 async def read_body(request: Request, *, max_bytes: int) -> bytes:
-    """Read a body; raises `BadImageError` as soon as it exceeds `max_bytes`."""
+    """Read a body.
+
+    Raises:
+        BadImageError: As soon as it exceeds `max_bytes`.
+        RequestError: If it comes too slowly.
+    """
     return await Request(request.scope, _bounded_receive(request, max_bytes)).body()
 
 
@@ -237,10 +247,21 @@ def _bounded_receive(request: Request, max_bytes: int) -> Any:
             status=413,
         )
     seen = 0
+    began_s = asyncio.get_running_loop().time()
 
     async def receive() -> Message:
         nonlocal seen
-        message = await request.receive()
+        patience_s = _BODY_BEGINS_WITHIN_S + seen / _LEAST_BYTES_PER_S
+        try:
+            async with asyncio.timeout_at(began_s + patience_s):
+                message = await request.receive()
+        except TimeoutError:
+            raise RequestError(
+                408,
+                "body_too_slow",
+                f"{seen} bytes of the body came within {patience_s:.0f} s and its end did not; "
+                f"send at least {_LEAST_BYTES_PER_S} bytes a second",
+            ) from None
         if message["type"] == "http.disconnect":
             # Not the server's failure, as Starlette's own exception would be told.
             raise RequestError(400, "disconnected", "the client left before its body was there")
@@ -281,6 +302,8 @@ def answer_to_error(request: Request, error: Exception) -> Response:
     if status == 500:
         logger.error("request to %s failed", request.url.path, exc_info=error)
     headers = {"retry-after": "1"} if status in (429, 503) else {}
+    if code == "body_too_slow":
+        headers["connection"] = "close"  # Nobody reads what is still to come.
     # What a message quotes may hold what JSON's bytes cannot.
     message = message.encode("utf-8", "backslashreplace").decode()
     if request.url.path.startswith("/v2"):

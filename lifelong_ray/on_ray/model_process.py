@@ -295,8 +295,9 @@ def _heard(stream: BinaryIO) -> Any:
     return pickle.loads(pickled)
 
 
-def _serve(answering: BinaryIO, loading: BinaryIO) -> None:
-    """Answer questions on both lines until the other end hangs up."""
+def main(descriptors: list[str]) -> None:
+    """Answer questions on both lines, for answers and for loads, until the other end hangs up."""
+    answering, loading = (_stream(socket.socket(fileno=int(number))) for number in descriptors)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Meant for the replica, which ends this one.
     logging.basicConfig(level=logging.WARNING)
     tree, precision = _heard(loading)
@@ -353,4 +354,4 @@ def _reply(line: BinaryIO, answer: object) -> None:
 
 
 if __name__ == "__main__":
-    _serve(*(_stream(socket.socket(fileno=int(descriptor))) for descriptor in sys.argv[1:3]))
+    main(sys.argv[1:3])

@@ -12,6 +12,7 @@ decorated, so that whatever the class uses stands above it.
 
 import asyncio
 import logging
+import math
 import os
 import random
 import socket
@@ -65,6 +66,7 @@ from lifelong_ray.types import BadImageError, ServingError
 logger = logging.getLogger(__name__)
 
 APP_NAME = "lifelong_ray"
+_WATCHED_S = 10.0  # A slot is watched for this long after it was asked.
 
 
 class _Http(FastAPI):
@@ -142,6 +144,9 @@ class Slot:
             *(self.ask(version, image) for image in images), return_exceptions=True
         )
 
+    async def ping(self) -> None:
+        """Give a sign of life, whatever the models do."""
+
     async def _follow_once(self) -> None:
         document, _ = await asyncio.to_thread(self._desk.read)
         wanted = document.rollout if needs_slot(document, self._config.rollout) else None
@@ -164,22 +169,45 @@ class Slot:
 
 
 class _SlotClient:
-    """Reaches the slot deployment through its Serve handle."""
+    """Reaches the slot deployment through its Serve handle, and knows whether it is there."""
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], ping_interval_s: float) -> None:
         self._handle = handle
+        self._ping_interval_s = ping_interval_s
+        self._asked_s = self._seen_s = -math.inf
+        self._watching: asyncio.Task[None] | None = None
 
     async def ask(self, version: str, image: CleanImage) -> VersionAnswer:
+        self._watch_a_while()
         answer: VersionAnswer = await self._handle.ask.remote(version, image)
         return answer
 
     async def ask_together(
         self, version: str, images: Sequence[CleanImage]
     ) -> list[VersionAnswer | Exception]:
+        self._watch_a_while()
         answers: list[VersionAnswer | Exception] = await self._handle.ask_together.remote(
             version, images
         )
         return answers
+
+    def was_there(self, within_s: float) -> bool:
+        return time.monotonic() - self._seen_s < within_s
+
+    def _watch_a_while(self) -> None:
+        self._asked_s = time.monotonic()
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Ask for signs of life while the slot is asked for answers; else it could never sleep."""
+        while time.monotonic() - self._asked_s < _WATCHED_S:
+            try:
+                await self._handle.ping.remote()
+                self._seen_s = time.monotonic()
+            except Exception as error:  # noqa: BLE001 - a slot that died; another one is started
+                logger.warning("the slot gave no sign of life: %r", error)
+            await asyncio.sleep(self._ping_interval_s)
 
 
 class _ControllerClient:
@@ -213,7 +241,7 @@ class FrontDeployment:
             store,
             self._secrets,
             model_host(self._config, store, self._config.serving.front.precision),
-            _SlotClient(slot),
+            _SlotClient(slot, self._config.serving.poll_interval_s),
             _ControllerClient(controller),
             now_s=time.time,
             rng=random.Random(),
@@ -241,6 +269,7 @@ class FrontDeployment:
             "x-model-version": served.answer.version,
             "x-variant": served.variant,
             "x-cache": "hit" if served.answer.cached else "miss",
+            "x-answered-by": "light" if served.answer.light else "full",
         }
         return json_response(self._as_json(served), headers)
 

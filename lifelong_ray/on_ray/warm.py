@@ -132,7 +132,7 @@ class WarmVersions:
             ) from None
 
     def hold(self, wanted: Collection[str]) -> None:
-        """Load what is wanted and missing, in the background; let go of the rest.
+        """Load what is wanted and missing, in that order in the background; let go of the rest.
 
         A request that was taken for a version is answered before the version goes.
         """
@@ -143,8 +143,9 @@ class WarmVersions:
             leaving = asyncio.create_task(self._let_go(self._held.pop(version)))
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
-        for version in set(wanted) - set(self._held) - set(self._loading):
-            if self._now_s() >= self._retry_at_s.get(version, 0.0):
+        for version in wanted:
+            is_there = version in self._held or version in self._loading
+            if not is_there and self._now_s() >= self._retry_at_s.get(version, 0.0):
                 self._loading[version] = asyncio.create_task(self._load(version))
 
     async def _let_go(self, warm: WarmVersion) -> None:

@@ -6,8 +6,11 @@ last, because a rollback is refused only as long as there is no previous version
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
+import select
+import socket
 import struct
 import threading
 import time
@@ -39,7 +42,7 @@ from lifelong_ray.feedback import (
     take_snapshot,
 )
 from lifelong_ray.on_ray.serving import start_app, stop_app
-from lifelong_ray.release import ReleaseDesk
+from lifelong_ray.release import ReleaseDesk, ReleaseDocument
 from lifelong_ray.storage import Store, open_store
 from tests.conftest import free_port
 from tests.unit.on_ray.world import CLASSES, add_version, make_image, settings, train_base
@@ -61,8 +64,13 @@ class App:
     def operator(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.secrets.admin_token}"}
 
+    def document(self) -> ReleaseDocument:
+        """The release document, but for the controller's lease, which is renewed by itself."""
+        document, _ = ReleaseDesk(self.store, time.time).read()
+        return document.changed(lease=None, revision=0)
+
     def stable(self) -> str | None:
-        return ReleaseDesk(self.store, time.time).read()[0].stable
+        return self.document().stable
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +406,45 @@ def test_a_bad_request_gets_a_clear_error_and_the_next_good_one_its_answer(
     assert (good.status_code, good.json()["class"]) == (200, "middle")
 
 
+def test_clients_that_send_a_byte_a_second_are_dropped_and_hold_up_nobody(
+    app: App, http: httpx.Client, images: dict[str, bytes]
+) -> None:
+    head = b"POST /predict HTTP/1.1\r\nhost: here\r\ncontent-type: image/png\r\n"
+    heads = [
+        head + b"content-length: 1000\r\n\r\n",
+        head + b"transfer-encoding: chunked\r\n\r\n",
+    ]
+    pieces = [b"x", b"1\r\nx\r\n"]
+    address = (httpx.URL(app.url).host, httpx.URL(app.url).port)
+    others, waits_s = [], []
+    with contextlib.ExitStack() as stack:
+        slow = [
+            stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(40)
+        ]
+        for number, client in enumerate(slow):
+            client.sendall(heads[number % 2])
+        began_s = time.monotonic()
+        waiting: list[socket.socket] = slow
+        while waiting and time.monotonic() < began_s + 20:
+            for number, client in enumerate(slow):
+                if client in waiting:
+                    client.sendall(pieces[number % 2])
+            asked_s = time.monotonic()
+            others.append(http.post("/predict", content=images["top"], headers=PNG).status_code)
+            waits_s.append(time.monotonic() - asked_s)
+            time.sleep(1)
+            answered, _, _ = select.select(waiting, [], [], 0)
+            waiting = [client for client in waiting if client not in answered]
+        lasted_s = time.monotonic() - began_s
+        answers = [client.recv(100) for client in slow]
+
+    assert waiting == []
+    assert 9 < lasted_s < 15
+    assert {answer.split(b"\r\n")[0].split()[1] for answer in answers} == {b"408"}
+    assert set(others) == {200}
+    assert max(waits_s) < 1
+
+
 def test_an_altered_request_id_is_refused(http: httpx.Client, images: dict[str, bytes]) -> None:
     request_id = http.post("/predict", content=images["low"], headers=PNG).json()["request_id"]
     altered = request_id[:-1] + ("A" if request_id[-1] != "A" else "B")
@@ -473,6 +520,11 @@ def test_operators_need_their_token(
     assert (response.status_code, response.json()["error"]["code"]) == (401, "unauthorized")
 
 
+def with_steps(*steps: dict[str, Any]) -> dict[str, Any]:
+    """What starts a rollout of a good version by these steps."""
+    return {"candidate": "v1.1", "steps": list(steps)}
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "code"),
     [
@@ -486,6 +538,11 @@ def test_operators_need_their_token(
         ("PUT", "/admin/rollout", {"candidate": "v1.2", "force": "no"}, 422, "bad_request"),
         ("PUT", "/admin/rollout", {"candidate": "v1.1", "steps": 5}, 422, "bad_steps"),
         ("PUT", "/admin/rollout", {"candidate": "v1.1", "steps": [{}]}, 422, "bad_steps"),
+        ("PUT", "/admin/rollout", with_steps({"setWeight": 101}), 422, "bad_steps"),
+        ("PUT", "/admin/rollout", with_steps({"setWeight": 0}), 422, "bad_steps"),
+        ("PUT", "/admin/rollout", with_steps({"pause": 1}, {"setWeight": 5}), 422, "bad_steps"),
+        ("PUT", "/admin/rollout", with_steps({"shadow": 0.5, "pause": 1}), 422, "bad_steps"),
+        ("PUT", "/admin/rollout", with_steps({"setWeight": 5, "tries": 2}), 422, "bad_steps"),
         ("POST", "/admin/rollout/rollback", {}, 409, "rollout_conflict"),
         ("POST", "/admin/rollout/promote", {}, 409, "rollout_conflict"),
     ],
@@ -493,9 +550,12 @@ def test_operators_need_their_token(
 def test_what_the_release_does_not_allow_is_refused_and_changes_nothing(
     app: App, http: httpx.Client, method: str, path: str, body: Any, status: int, code: str
 ) -> None:
+    before = app.document()
+
     response = http.request(method, path, json=body, headers=app.operator)
 
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert app.document() == before
     rollout = http.get("/admin/rollout", headers=app.operator).json()
     assert rollout == {"stable": "v1", "previous": None, "rollout": None}
 
@@ -721,13 +781,12 @@ def test_an_experiment_that_cannot_be_is_refused_and_changes_nothing(
     if body and "v1" in body:
         arms = [{"version": version, "weight": weight} for version, weight in body.items()]
         body = {"arms": arms, "end_s": time.time() + 60}
-    before, _ = ReleaseDesk(app.store, time.time).read()
+    before = app.document()
 
     response = http.request(method, path, json=body, headers=app.operator)
 
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
-    after, _ = ReleaseDesk(app.store, time.time).read()
-    assert (after.intents, after.experiment) == (before.intents, before.experiment)
+    assert app.document() == before
 
 
 def test_comparisons_of_a_rollout_are_summed_up(app: App, http: httpx.Client) -> None:

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from starlette.types import Message
 
+from lifelong_ray.on_ray import http as edge
 from lifelong_ray.on_ray.http import (
     Asker,
     RequestError,
@@ -351,6 +352,32 @@ def test_a_client_that_leaves_while_it_sends_is_no_failure_of_the_server() -> No
         asyncio.run(read_body(request, max_bytes=10))
 
     assert (caught.value.status, caught.value.code) == (400, "disconnected")
+
+
+@pytest.mark.parametrize(("bytes_at_once", "is_answered"), [(1, False), (20, True)])
+def test_a_body_may_take_long_only_if_it_is_long(
+    monkeypatch: pytest.MonkeyPatch, bytes_at_once: int, is_answered: bool
+) -> None:
+    monkeypatch.setattr(edge, "_BODY_BEGINS_WITHIN_S", 0.05)
+    monkeypatch.setattr(edge, "_LEAST_BYTES_PER_S", 500)
+    num_sent = 0
+
+    async def receive() -> Message:
+        nonlocal num_sent
+        num_sent += 1
+        await asyncio.sleep(0.02)
+        return {"type": "http.request", "body": b"x" * bytes_at_once, "more_body": num_sent < 10}
+
+    request = Request({"type": "http", "path": "/predict", "headers": []}, receive)
+    reading = read_body(request, max_bytes=1_000)
+
+    if is_answered:
+        assert asyncio.run(reading) == b"x" * 10 * bytes_at_once
+        return
+    with pytest.raises(RequestError, match="at least 500 bytes a second") as caught:
+        asyncio.run(reading)
+    response = answer_to_error(request, caught.value)
+    assert (response.status_code, response.headers["connection"]) == (408, "close")
 
 
 def test_an_error_that_quotes_what_is_no_text_is_told_all_the_same() -> None:

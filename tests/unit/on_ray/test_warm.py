@@ -164,6 +164,19 @@ def versions_of(
     return WarmVersions(host, settings().serving, now_s=now_s, linger_s=linger_s)
 
 
+def test_what_users_see_is_loaded_before_the_rest() -> None:
+    host = FakeHost()
+
+    async def play() -> None:
+        warmed = versions_of(host)
+        warmed.hold(["v2", "v1", "v3"])
+        await warmed.settled()
+
+    asyncio.run(play())
+
+    assert host.loads == ["v2", "v1", "v3"]
+
+
 def test_a_version_that_is_let_go_still_answers_who_has_chosen_it() -> None:
     host = FakeHost()
 

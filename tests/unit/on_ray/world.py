@@ -135,10 +135,14 @@ def move(desk: ReleaseDesk, **changes: object) -> ReleaseDocument:
 
 
 class FakeSlot:
-    """Answers by a function; counts what it was asked."""
+    """Answers by a function; counts what it was asked.
+
+    Not `open`, it lets those who ask wait; not `alive` either, it is none that does.
+    """
 
     def __init__(self, reply: Callable[[str, CleanImage], VersionAnswer] | Exception) -> None:
         self._reply = reply
+        self.alive = True
         self.num_asked = 0
         self.num_calls = 0
         self.open = asyncio.Event()
@@ -156,6 +160,9 @@ class FakeSlot:
     ) -> list[VersionAnswer | Exception]:
         self.num_calls += 1
         return await asyncio.gather(*(self.ask(version, image) for image in images))
+
+    def was_there(self, within_s: float) -> bool:
+        return self.alive
 
 
 class ReportBook:
