@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from time import perf_counter
@@ -34,7 +36,7 @@ from lifelong_ray.types import LearningError, ModelHostGoneError
 
 logger = logging.getLogger(__name__)
 
-_DECODING = 4  # Images of a batch decoded at a time.
+_DECODING = min(4, os.cpu_count() or 1)  # Images of a batch decoded at a time.
 
 
 @dataclass(frozen=True)
@@ -181,14 +183,9 @@ class Models:
         if version not in self._held:
             raise ModelHostGoneError(f"version {version} is not held here; it is loaded again")
         predictor, loaded = self._held[version]
-        worth = [i for i in images if isinstance(i, SentImage) and i.is_worth_a_thread]
-        if len(worth) > 1:
-            wait(
-                [
-                    self._decoding.submit(i.model_input, loaded.image_size, loaded.channels)
-                    for i in worth
-                ]
-            )
+        self._decode(
+            [i for i in images if isinstance(i, SentImage) and i.is_worth_a_thread], loaded
+        )
         found = [self._known(version, loaded, image) for image in images]
         unknown = [one for one in found if isinstance(one, PreparedImage)]
         made: Iterator[VersionAnswer | Exception]
@@ -197,6 +194,20 @@ class Models:
         except Exception as error:  # noqa: BLE001 - the others know their answer all the same
             made = iter([error] * len(unknown))
         return [next(made) if isinstance(one, PreparedImage) else one for one in found]
+
+    def _decode(self, images: list[SentImage], loaded: Loaded) -> None:
+        """Decode on every core; what is wrong with an image shows when it is asked for again."""
+
+        def decode(some: list[SentImage]) -> None:
+            for image in some:
+                with suppress(Exception):
+                    image.model_input(loaded.image_size, loaded.channels)
+
+        # A part for each, since every image that changes hands waits for the interpreter.
+        first, *others = (images[part::_DECODING] for part in range(_DECODING))
+        waiting = [self._decoding.submit(decode, some) for some in others if some]
+        decode(first)
+        wait(waiting)
 
     def _known(
         self, version: str, loaded: Loaded, image: SentImage | PreparedImage
