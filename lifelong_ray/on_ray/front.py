@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _SAY_NOTHING = (OverloadedError, ModelHostGoneError)  # about the version that was asked
+_AFTER_LOSS_S = 0.25
 MAX_LABEL_CHARS = 200
 MAX_REASON_CHARS = 500
 
@@ -338,7 +339,13 @@ class Front:
             except Exception as error:  # noqa: BLE001 - whatever it is, stable answers instead
                 logger.warning("version %s did not answer: %r", candidate, error)
         stable = str(document.stable)
-        return "stable", await each([self._ask_held(stable, image) for image in images])
+        try:
+            return "stable", await each([self._ask_held(stable, image) for image in images])
+        except ModelHostGoneError:
+            # A front that fails at once looks idle, so that a balancer which counts connections
+            # would send it nearly everything.
+            await asyncio.sleep(_AFTER_LOSS_S)
+            return "stable", await each([self._ask_held(stable, image) for image in images])
 
     async def _ask_held(self, version: str, image: SentImage) -> VersionAnswer:
         return await self._counted(version, self._warm.get(version).answer(image))

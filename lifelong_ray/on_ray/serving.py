@@ -293,7 +293,7 @@ class FrontDeployment:
         try:
             served = await self._front.answer(
                 self._front.sent(upload.data, upload.content_type),
-                key=asker.session or os.urandom(8).hex(),
+                key=asker.session or f"{random.getrandbits(64):x}",
                 override=asker.canary,
                 user=asker.session,
             )

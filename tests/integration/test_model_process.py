@@ -178,8 +178,11 @@ def test_a_front_whose_models_are_killed_answers_again_by_itself(
             assert (await front.answer(sent("low", config), key="k")).answer.class_name == "low"
             assert host.pid is not None
             os.kill(host.pid, signal.SIGKILL)
+            began_s = time.monotonic()
             with pytest.raises(ModelHostGoneError):
                 await front.answer(sent("low", config, seed=2), key="k")
+            # Not so quickly that a balancer would take it for the least busy one.
+            assert time.monotonic() - began_s >= 0.2
 
             async def answers() -> bool:
                 try:
