@@ -25,7 +25,7 @@ from lifelong_ray.feedback.files import (
     row_id,
     rows_from_bytes,
 )
-from lifelong_ray.feedback.images import content_hash
+from lifelong_ray.feedback.images import CleanImage, content_hash
 from lifelong_ray.storage import Store
 from lifelong_ray.types import Comparison, DataError, Feedback, NotFoundError, Pixels, Prediction
 
@@ -131,19 +131,29 @@ def read_images(store: Store, snapshot: Snapshot, hashes: Iterable[str]) -> dict
     wanted = set(hashes)
     found: dict[str, Pixels] = {}
 
-    def missing(data: bytes) -> dict[str, Pixels]:
-        return images_from_bytes(data, wanted - found.keys())
+    def missing(data: bytes) -> dict[str, Pixels | None]:
+        images = images_from_bytes(data, wanted - found.keys())
+        return {name: _intact(image) for name, image in images.items()}
 
     keys = deque(key for key in reversed(snapshot.files) if key.startswith("log/images/"))
     while keys and len(found) < len(wanted):
         some = [keys.popleft() for _ in range(min(len(keys), _READERS))]
         for key, images in _contents(store, some, missing):
             for name, pixels in (images or {}).items():
-                if content_hash(pixels) == name:
+                if pixels is not None:
                     found[name] = pixels
                 else:
                     _logger.warning("image %s in %s is damaged", name, key)
     return found
+
+
+def _intact(image: CleanImage) -> Pixels | None:
+    """The pixels, if they are those that the name stands for."""
+    try:
+        pixels = image.pixels
+        return pixels if content_hash(pixels) == image.content_hash else None
+    except ValueError:
+        return None
 
 
 def _read(store: Store, snapshot: Snapshot, stream: RowStream, record: type[T]) -> Rows[T]:
