@@ -151,25 +151,45 @@ def test_a_jpeg_waits_and_is_stored_in_the_bytes_that_came(
     np.testing.assert_array_equal(images[content_hash(pixels)], pixels)
 
 
-def test_a_jpeg_that_shows_something_else_costs_only_itself(
-    store: FailingStore, clock: Clock
-) -> None:
+def test_a_jpeg_that_cannot_be_decoded_costs_only_itself(store: FailingStore, clock: Clock) -> None:
     writer = LogWriter(store, CONFIG, "w", clock)
-    good, other = sent_as_jpeg(1).clean(), sent_as_jpeg(2).clean()
-    for n, image in enumerate(
-        (CleanImage("0" * 64, other.kept), good, CleanImage("1" * 64, b"no JPEG"))
-    ):
+    good, bad = sent_as_jpeg(1).clean(), CleanImage("0" * 64, b"no JPEG")
+    for n, image in enumerate((bad, good)):
         writer.log_prediction(replace(prediction(n), content_hash=image.content_hash), image)
     writer.flush()
 
-    images = read_images(
-        store, take_snapshot(store, NOON_S), [good.content_hash, "0" * 64, "1" * 64]
-    )
+    images = read_images(store, take_snapshot(store, NOON_S), [good.content_hash, bad.content_hash])
 
     assert images.keys() == {good.content_hash}
-    for name, kept in (("0" * 64, other.kept), ("1" * 64, b"no JPEG")):
-        with pytest.raises(ValueError, match=r"another content hash|damaged"):
-            writer.record_feedback([vote(1)], [CleanImage(name, kept)])
+    with pytest.raises(ValueError, match="damaged"):
+        writer.record_feedback([vote(1)], [bad])
+
+
+def test_a_jpeg_of_another_decoder_is_read_under_its_name_and_told_of(
+    store: FailingStore, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = LogWriter(store, CONFIG, "w", clock)
+    image = sent_as_jpeg(1).clean()
+    a_step_away = CleanImage.of(image.pixels ^ 1).content_hash
+    named = CleanImage(a_step_away, image.kept)
+    writer.log_prediction(replace(prediction(1), content_hash=a_step_away), named)
+    writer.flush()
+
+    images = read_images(store, take_snapshot(store, NOON_S), [a_step_away])
+
+    np.testing.assert_array_equal(images[a_step_away], image.pixels)
+    assert "1 JPEGs" in caplog.text
+    with pytest.raises(ValueError, match="another content hash"):
+        writer.record_feedback([vote(1)], [named])
+
+
+def test_pixels_under_another_name_are_damaged(store: FailingStore, clock: Clock) -> None:
+    writer = LogWriter(store, CONFIG, "w", clock)
+    named = CleanImage("0" * 64, image(1))
+    writer.log_prediction(replace(prediction(1), content_hash="0" * 64), named)
+    writer.flush()
+
+    assert read_images(store, take_snapshot(store, NOON_S), ["0" * 64]) == {}
 
 
 def test_files_are_filed_by_the_hour_of_writing(store: FailingStore, clock: Clock) -> None:
