@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import typer
 from common import data_config, load_arrays, set_up, table, write
 
-from lifelong_ray.feedback import content_hash, decode_png, encode_png
+from lifelong_ray.feedback import CleanImage, content_hash, decode_png, encode_png
 from lifelong_ray.feedback.files import images_from_bytes, images_to_bytes
 from lifelong_ray.types import Pixels
 
@@ -105,6 +105,14 @@ def measure(images: Images, rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
+def _rows_to_bytes(images: Images) -> bytes:
+    return images_to_bytes([CleanImage(name, image) for name, image in images.items()])
+
+
+def _rows_from_bytes(file: bytes, images: Images) -> dict[str, Pixels]:
+    return {name: one.pixels for name, one in images_from_bytes(file, set(images)).items()}
+
+
 def _png_to_bytes(images: Images) -> bytes:
     return _to_parquet(images, [encode_png(image) for image in images.values()])
 
@@ -140,7 +148,7 @@ def _from_parquet(file: bytes) -> list[tuple[str, bytes]]:
 
 
 WAYS = {
-    "rows": Way(images_to_bytes, lambda file, images: images_from_bytes(file, set(images))),
+    "rows": Way(_rows_to_bytes, _rows_from_bytes),
     "png": Way(_png_to_bytes, _png_from_bytes),
     "plain": Way(_plain_to_bytes, _plain_from_bytes),
 }

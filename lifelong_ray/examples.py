@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 from lifelong_ray.config import Config, ModelConfig
 from lifelong_ray.datasets import LabelledImages
 from lifelong_ray.feedback import (
+    CleanImage,
     Curation,
     LogWriter,
     Snapshot,
-    content_hash,
     curate,
     read_feedback,
     read_images,
@@ -53,14 +53,15 @@ def import_examples(store: Store, images: LabelledImages, config: Config, *, now
     writer.start()
     try:
         rows: list[Feedback] = []
-        pixels = {}
+        new: list[CleanImage] = []
         num_new = 0
         for image, label in zip(images.images, images.labels, strict=True):
-            name = content_hash(image)
+            clean = CleanImage.of(image)
+            name = clean.content_hash
             if (name, label) in known:
                 continue
             known.add((name, label))
-            pixels[name] = image
+            new.append(clean)
             rows.append(
                 Feedback(
                     feedback_id=str(uuid7(now_s())),
@@ -74,11 +75,11 @@ def import_examples(store: Store, images: LabelledImages, config: Config, *, now
                 )
             )
             if len(rows) == _IMPORT_ROWS:
-                writer.record_feedback(rows, pixels)
+                writer.record_feedback(rows, new)
                 num_new += len(rows)
-                rows, pixels = [], {}
+                rows, new = [], []
         if rows:
-            writer.record_feedback(rows, pixels)
+            writer.record_feedback(rows, new)
             num_new += len(rows)
         return num_new
     finally:

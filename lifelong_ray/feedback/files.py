@@ -7,7 +7,7 @@ publish what they have when they fail. Knows nothing of queues, snapshots or thr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lifelong_ray.feedback.identity import uuid7
-from lifelong_ray.feedback.images import decode_png
+from lifelong_ray.feedback.images import CleanImage, decode_png
 from lifelong_ray.types import Comparison, DataError, Feedback, Pixels, Prediction
 
 RowStream = Literal["predictions", "feedback", "comparisons"]
@@ -43,8 +43,10 @@ _IMAGES = pa.schema(
         ("content_hash", pa.string()),
         *((side, pa.int32()) for side in _SIDES),
         ("less_above", pa.binary()),
+        ("jpeg", pa.binary()),
     ]
 )
+_IMAGES_COMPRESSION = {name: "none" if name == "jpeg" else "zstd" for name in _IMAGES.names}
 _IMAGES_AS_PNG = pa.schema([("content_hash", pa.string()), ("png", pa.binary())])
 
 
@@ -88,49 +90,66 @@ def rows_from_bytes(data: bytes, record: type[T]) -> Iterator[T]:
     return (record(*values) for values in zip(*columns, strict=True))
 
 
-def images_to_bytes(images: Mapping[str, Pixels]) -> bytes:
-    """Serialise images by content hash.
+def images_to_bytes(images: Sequence[CleanImage]) -> bytes:
+    """Serialise images.
 
-    Every row of pixels is stored less the row above it, which is mostly near zero, and compressed
-    with the file: about as small as PNG, in less than a tenth of the time to write it
-    (benchmarks/image_log.py).
+    A JPEG is stored as it is kept (benchmarks/kept_jpegs.py). Of other images every row of pixels is
+    stored less the row above it, which is mostly near zero, and compressed with the file: about as
+    small as PNG, in less than a tenth of the time to write it (benchmarks/image_log.py).
     """
-    columns: dict[str, list[Any]] = {"content_hash": list(images), "less_above": []}
-    for pixels in images.values():
-        less_above = pixels.copy()
-        less_above[1:] -= pixels[:-1]  # modulo 256
-        columns["less_above"].append(less_above.tobytes())
-    shapes = [pixels.shape for pixels in images.values()]
-    columns |= {side: [shape[i] for shape in shapes] for i, side in enumerate(_SIDES)}
-    return _to_bytes(pa.table(columns, schema=_IMAGES), dictionary=False)
+    rows = [_image_row(image) for image in images]
+    columns = {name: [row.get(name) for row in rows] for name in _IMAGES.names}
+    table = pa.table(columns, schema=_IMAGES)
+    return _to_bytes(table, dictionary=False, compression=_IMAGES_COMPRESSION)
 
 
-def images_from_bytes(data: bytes, wanted: set[str]) -> dict[str, Pixels]:
-    """Read the wanted images among what `images_to_bytes` wrote.
+def images_from_bytes(data: bytes, wanted: set[str]) -> dict[str, CleanImage]:
+    """Read the wanted images among what `images_to_bytes` wrote; JPEGs are not decoded.
 
     Raises:
         DataError: If the file is damaged.
     """
+    columns = _column_names(data)
+    as_png = "png" in columns  # as files of version 0.1 have them
+    schema = _IMAGES_AS_PNG if as_png else pa.schema([f for f in _IMAGES if f.name in columns])
+    kept = decode_png if as_png else _kept
     try:
-        if "png" in _column_names(data):  # as files of version 0.1 have them
-            hashes, pngs = _from_bytes(data, _IMAGES_AS_PNG)
-            found = zip(hashes, pngs, strict=True)
-            return {str(name): decode_png(bytes(png)) for name, png in found if name in wanted}
-        rows = zip(*_from_bytes(data, _IMAGES), strict=True)
-        return {str(name): _pixels(*row) for name, *row in rows if name in wanted}
-    except (OSError, ValueError) as error:
+        rows = zip(*_from_bytes(data, schema), strict=True)
+        return {name: CleanImage(name, kept(*row)) for name, *row in rows if name in wanted}
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"an image of the file is damaged: {error}") from None
 
 
-def _pixels(height: int, width: int, channels: int, less_above: bytes) -> Pixels:
+def _image_row(image: CleanImage) -> dict[str, Any]:
+    row: dict[str, Any] = {"content_hash": image.content_hash, "jpeg": image.jpeg}
+    if image.jpeg is None:
+        pixels = image.pixels
+        less_above = pixels.copy()
+        less_above[1:] -= pixels[:-1]  # modulo 256
+        row |= zip(_SIDES, pixels.shape, strict=True)
+        row["less_above"] = less_above.tobytes()
+    return row
+
+
+def _kept(
+    height: int, width: int, channels: int, less_above: bytes, jpeg: bytes | None = None
+) -> Pixels | bytes:
+    if jpeg is not None:
+        return jpeg
     rows = np.frombuffer(less_above, np.uint8).reshape(height, width, channels)
     return np.add.accumulate(rows, axis=0, dtype=np.uint8)
 
 
-def _to_bytes(table: pa.Table, *, dictionary: bool = True) -> bytes:
+def _to_bytes(
+    table: pa.Table, *, dictionary: bool = True, compression: str | dict[str, str] = "zstd"
+) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(
-        table, sink, compression="zstd", write_page_checksum=True, use_dictionary=dictionary
+        table,
+        sink,
+        compression=compression,
+        write_page_checksum=True,
+        use_dictionary=dictionary,
     )
     return bytes(sink.getvalue().to_pybytes())
 

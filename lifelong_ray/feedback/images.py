@@ -1,8 +1,8 @@
 """From untrusted bytes to clean pixels, and from pixels to what a model takes.
 
 Bounds come before work: the body's size, then the size its header claims, then the decoder.
-What leaves is rebuilt from the raw pixels alone, so that metadata (a GPS position), further
-frames and trailing bytes stay behind. Knows nothing of HTTP or models.
+What leaves is pixels, or a JPEG cut down to what its picture needs (`jpeg`), so that metadata (a
+GPS position), further frames and trailing bytes stay behind. Knows nothing of HTTP or models.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lifelong_ray.config import ImageConfig
+from lifelong_ray.feedback.jpeg import picture_alone
 from lifelong_ray.types import BadImageError, ConfigError, Pixels
 
 _EXIF_ORIENTATION = 0x0112
@@ -33,6 +34,7 @@ _HASHED_ALONE = 2_047  # Bytes that hashlib hashes without letting other threads
 _THUMBNAIL_BYTES = 4_096
 _QUICK_BYTES = 32_768  # Of an encoded image that is decoded in about a millisecond.
 _QUICK_PIXEL_BYTES = 1_000_000
+_AS_JPEG = ("JPEG", "MPO")  # What Pillow calls one, and one with further pictures behind it.
 _OTHER_MIME = {"JPEG": ("image/jpg", "image/pjpeg"), "BMP": ("image/x-ms-bmp", "image/x-bmp")}
 
 
@@ -53,6 +55,11 @@ def decode_image(data: bytes, content_type: str | None, limits: ImageConfig) -> 
             ``unsupported_media_type``, ``not_an_image``, ``too_many_pixels`` or
             ``truncated_image``.
     """
+    return _decoded(data, content_type, limits)[0]
+
+
+def _decoded(data: bytes, content_type: str | None, limits: ImageConfig) -> tuple[Pixels, bool]:
+    """The pixels, and whether a JPEG shows them as they are, without being turned."""
     if not data:
         raise BadImageError("empty_body", "the body is empty; send the bytes of one image")
     if len(data) > limits.max_bytes:
@@ -69,10 +76,12 @@ def decode_image(data: bytes, content_type: str | None, limits: ImageConfig) -> 
             f"content type {declared[:80]!r} is not accepted; send one of {', '.join(accepted)}",
             status=415,
         )
-    return _pixels(_decoded(data, limits))
+    image, upright = _loaded(data, limits)
+    return _pixels(upright), upright is image and image.format in _AS_JPEG
 
 
-def _decoded(data: bytes, limits: ImageConfig) -> Image.Image:
+def _loaded(data: bytes, limits: ImageConfig) -> tuple[Image.Image, Image.Image]:
+    """The image as it lies in the bytes, and upright: the same one if it lies so."""
     formats = ", ".join(limits.formats)
     try:
         image = Image.open(io.BytesIO(data), formats=limits.formats)
@@ -88,7 +97,7 @@ def _decoded(data: bytes, limits: ImageConfig) -> Image.Image:
     try:
         image.load()
         turn = _TURNS.get(_orientation(image))
-        return image if turn is None else image.transpose(turn)
+        return image, image if turn is None else image.transpose(turn)
     except Exception:  # noqa: BLE001 - as above
         raise BadImageError(
             "truncated_image", f"the {image.format} image is cut short or damaged"
@@ -151,20 +160,41 @@ def _mime_types(formats: tuple[str, ...]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class CleanImage:
-    """Pixels that may be trusted to be pixels, and their name.
+    """An image that holds its picture and nothing else, in few bytes, and its name.
 
     Attributes:
-        pixels: (height, width, 1 or 3), uint8.
-        content_hash: As `content_hash` gives it.
+        content_hash: As `content_hash` gives it for the pixels.
+        kept: The pixels, (height, width, 1 or 3), uint8; or a JPEG that decodes to them, as
+            `picture_alone` makes it.
     """
 
-    pixels: Pixels
     content_hash: str
+    kept: Pixels | bytes
 
     @staticmethod
-    def of(pixels: Pixels) -> CleanImage:
-        """Name some pixels."""
-        return CleanImage(pixels, content_hash(pixels))
+    def of(pixels: Pixels, jpeg: bytes | None = None) -> CleanImage:
+        """Name some pixels, and keep the JPEG they come from if it is smaller."""
+        kept = pixels if jpeg is None or len(jpeg) >= pixels.nbytes else jpeg
+        return CleanImage(content_hash(pixels), kept)
+
+    @property
+    def jpeg(self) -> bytes | None:
+        """What is kept, where that is a JPEG."""
+        return self.kept if isinstance(self.kept, bytes) else None
+
+    @property
+    def pixels(self) -> Pixels:
+        """(height, width, 1 or 3), uint8; decoded each time where a JPEG is kept.
+
+        Raises:
+            ValueError: If that is damaged.
+        """
+        return decode_jpeg(self.kept) if isinstance(self.kept, bytes) else self.kept
+
+    @property
+    def size_bytes(self) -> int:
+        """How much is kept."""
+        return len(self.kept) if isinstance(self.kept, bytes) else self.kept.nbytes
 
 
 class SentImage:
@@ -188,11 +218,12 @@ class SentImage:
 
     @classmethod
     def of(cls, pixels: Pixels | CleanImage) -> SentImage:
-        """Take pixels, which need no decoding."""
+        """Take what needs no checking."""
         image = cls(b"", None, ImageConfig())
         if isinstance(pixels, CleanImage):
-            image._clean, pixels = pixels, pixels.pixels
-        image._pixels = pixels
+            image.become(pixels)
+        else:
+            image._pixels = pixels
         return image
 
     @property
@@ -202,28 +233,40 @@ class SentImage:
             return True
         if self._pixels is not None:
             return self._pixels.nbytes <= _QUICK_PIXEL_BYTES
-        return len(self.data) <= _QUICK_BYTES
+        return self._encoded_bytes <= _QUICK_BYTES
 
     def clean(self) -> CleanImage:
-        """Return its pixels and their name.
+        """Return what is kept of it, and its name.
 
         Raises:
             BadImageError: If it is not an acceptable image.
         """
         if self._clean is None:
+            jpeg = None
             if self._pixels is None:
-                self._pixels = decode_image(self.data, self.content_type, self._limits)
-            self._clean = CleanImage.of(self._pixels)
+                self._pixels, shown = _decoded(self.data, self.content_type, self._limits)
+                jpeg = picture_alone(self.data) if shown else None
+            self._clean = CleanImage.of(self._pixels, jpeg)
         return self._clean
 
     def become(self, clean: CleanImage) -> None:
         """Take what another process has made of it."""
-        self._clean, self._pixels = clean, clean.pixels
+        self._clean = clean
+        self._pixels = clean.pixels if clean.jpeg is None else None
 
     @property
     def is_worth_a_thread(self) -> bool:
         """Whether another thread, which costs some 0.1 ms, would do what is left in less time."""
-        return self._clean is None and len(self.data) > _THUMBNAIL_BYTES
+        return not self.is_decoded and self._encoded_bytes > _THUMBNAIL_BYTES
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether its pixels, or what a model takes, are here."""
+        return self._pixels is not None or self._input is not None
+
+    @property
+    def _encoded_bytes(self) -> int:
+        return len(self.data) if self._clean is None else self._clean.size_bytes
 
     @property
     def is_clean(self) -> bool:
@@ -242,7 +285,9 @@ class SentImage:
             BadImageError: If it is not an acceptable image.
         """
         if self._input is None or self._input.shape != (channels, size, size):
-            self._input = to_model_input(self.clean().pixels, size, channels)
+            clean = self.clean()
+            pixels = clean.pixels if self._pixels is None else self._pixels
+            self._input = to_model_input(pixels, size, channels)
         return self._input
 
 
@@ -301,6 +346,19 @@ def decode_png(png: bytes) -> Pixels:
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         array = np.array(image)
     return array[:, :, None] if array.ndim == 2 else array
+
+
+def decode_jpeg(jpeg: bytes) -> Pixels:
+    """Return the pixels of a JPEG that `picture_alone` made of one that was decoded before.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as image:
+            return _pixels(image)
+    except Exception as error:  # noqa: BLE001 - as in `_loaded`
+        raise ValueError(f"the JPEG of {len(jpeg)} bytes is damaged: {error}") from None
 
 
 def to_model_input(pixels: Pixels, size: int, channels: int) -> NDArray[np.uint8]:

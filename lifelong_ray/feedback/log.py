@@ -18,20 +18,19 @@ from dataclasses import dataclass, field
 
 from lifelong_ray.config import FeedbackConfig
 from lifelong_ray.feedback.files import Row, Stream, file_key, images_to_bytes, rows_to_bytes
-from lifelong_ray.feedback.images import content_hash
+from lifelong_ray.feedback.images import CleanImage, content_hash
 from lifelong_ray.storage import Store
 from lifelong_ray.types import (
     AlreadyExistsError,
     Comparison,
     Feedback,
-    Pixels,
     Prediction,
     StorageError,
 )
 
 _logger = logging.getLogger(__name__)
 
-_ROW_BYTES = 512  # of a queued row beside its scores and pixels, about
+_ROW_BYTES = 512  # of a queued row beside its scores and image, about
 _FILE_BYTES = 16_000_000  # of queued rows that one file may hold
 _REMEMBERED_HASHES = 100_000
 _REKEY_S = 600.0  # a file that waited longer goes to the present hour, where tails look
@@ -61,7 +60,7 @@ class LogStats:
 @dataclass(frozen=True)
 class _Queued:
     row: Prediction | Comparison
-    pixels: Pixels | None
+    image: CleanImage | None
     size_bytes: int
 
 
@@ -81,14 +80,14 @@ class _Chunk:
 @dataclass
 class _Batch:
     rows: tuple[Feedback, ...]
-    pixels: dict[str, Pixels]
+    images: tuple[CleanImage, ...]
     done: Future[None] = field(default_factory=Future)
 
 
 class LogWriter:
     """Writes the log of one process. Every method may be called from any thread.
 
-    Pixels handed over must not be changed afterwards.
+    Images handed over must not be changed afterwards.
 
     Args:
         store: Where the log lives.
@@ -133,8 +132,8 @@ class LogWriter:
             self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
             self._thread.start()
 
-    def log_prediction(self, prediction: Prediction, pixels: Pixels | None) -> bool:
-        """Queue an answer, with its image unless `pixels` is None; never waits for I/O.
+    def log_prediction(self, prediction: Prediction, image: CleanImage | None) -> bool:
+        """Queue an answer, with its image unless that is None; never waits for I/O.
 
         Returns:
             False if it was dropped, because the queue is full.
@@ -142,22 +141,22 @@ class LogWriter:
         with self._lock:
             if prediction.content_hash in self._stored_hashes:
                 self._stored_hashes.move_to_end(prediction.content_hash)
-                pixels = None
-        size = _ROW_BYTES + 16 * len(prediction.scores) + (0 if pixels is None else pixels.nbytes)
-        return self._enqueue("predictions", _Queued(prediction, pixels, size))
+                image = None
+        size = _ROW_BYTES + 16 * len(prediction.scores) + (image.size_bytes if image else 0)
+        return self._enqueue("predictions", _Queued(prediction, image, size))
 
     def log_comparison(self, comparison: Comparison) -> bool:
         """Queue a pair of answers; never waits for I/O, False if it was dropped."""
         return self._enqueue("comparisons", _Queued(comparison, None, _ROW_BYTES))
 
-    def record_feedback(self, rows: Sequence[Feedback], pixels: Mapping[str, Pixels]) -> None:
+    def record_feedback(self, rows: Sequence[Feedback], images: Iterable[CleanImage]) -> None:
         """Make labels durable, together with those of other threads.
 
         Images are written before the rows that refer to them.
 
         Args:
             rows: The labels.
-            pixels: By content hash, the images that came with them.
+            images: Those that came with them.
 
         Raises:
             StorageFullError: If there is no space. As with every error, the rows count as
@@ -169,10 +168,10 @@ class LogWriter:
         if not rows:
             return
         rows_to_bytes(rows)  # so that a malformed row fails its own sender, not the group
-        for name, image in pixels.items():
-            if content_hash(image) != name:
-                raise ValueError(f"the pixels under {name!r} have another content hash")
-        batch = _Batch(tuple(rows), dict(pixels))
+        batch = _Batch(tuple(rows), tuple(images))
+        for image in batch.images:
+            if content_hash(image.pixels) != image.content_hash:
+                raise ValueError(f"the image named {image.content_hash!r} has another content hash")
         with self._lock:
             leading = not self._waiting
             self._waiting.append(batch)
@@ -265,12 +264,11 @@ class LogWriter:
             known = set(self._stored_hashes)
         if not rows:
             return None
-        images = {
-            item.row.content_hash: item.pixels
+        fresh = {
+            item.image.content_hash: item.image
             for item in rows
-            if isinstance(item.row, Prediction) and item.pixels is not None
+            if item.image is not None and item.image.content_hash not in known
         }
-        fresh = {name: image for name, image in images.items() if name not in known}
         now_s = self._clock()
         try:
             files = self._files(
@@ -315,9 +313,9 @@ class LogWriter:
         """Write a group of feedback and tell everyone who waits for it."""
         try:
             rows = [row for batch in group for row in batch.rows]
-            pixels = {name: image for batch in group for name, image in batch.pixels.items()}
+            images = {image.content_hash: image for batch in group for image in batch.images}
             with self._lock:
-                fresh = {n: image for n, image in pixels.items() if n not in self._stored_hashes}
+                fresh = {n: image for n, image in images.items() if n not in self._stored_hashes}
             for _, key, data in self._files(self._clock(), fresh, {"feedback": rows}):
                 self._put(key, data)
             with self._lock:
@@ -333,12 +331,12 @@ class LogWriter:
                 batch.done.set_result(None)
 
     def _files(
-        self, now_s: float, images: Mapping[str, Pixels], rows: Mapping[Stream, Sequence[Row]]
+        self, now_s: float, images: Mapping[str, CleanImage], rows: Mapping[Stream, Sequence[Row]]
     ) -> list[tuple[Stream, str, bytes]]:
         """Stream, key and content of the files to write, images first."""
         contents: list[tuple[Stream, bytes]] = []
         if images:
-            contents.append(("images", images_to_bytes(images)))
+            contents.append(("images", images_to_bytes(tuple(images.values()))))
         contents += [(stream, rows_to_bytes(items)) for stream, items in rows.items() if items]
         return [(s, file_key(s, self._writer_id, now_s), data) for s, data in contents]
 

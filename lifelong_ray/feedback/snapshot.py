@@ -25,7 +25,7 @@ from lifelong_ray.feedback.files import (
     row_id,
     rows_from_bytes,
 )
-from lifelong_ray.feedback.images import content_hash
+from lifelong_ray.feedback.images import CleanImage, content_hash
 from lifelong_ray.storage import Store
 from lifelong_ray.types import Comparison, DataError, Feedback, NotFoundError, Pixels, Prediction
 
@@ -127,23 +127,50 @@ def read_comparisons(store: Store, snapshot: Snapshot) -> Rows[Comparison]:
 
 
 def read_images(store: Store, snapshot: Snapshot, hashes: Iterable[str]) -> dict[str, Pixels]:
-    """Return the images by content hash; those that are not in the log are left out."""
+    """Return the images by content hash; those that are not in the log are left out.
+
+    A JPEG that was written beside another libjpeg may decode to pixels that differ by a step from
+    those that its name stands for; it is returned, and a warning says how many did.
+    """
     wanted = set(hashes)
     found: dict[str, Pixels] = {}
+    differing: list[str] = []
 
-    def missing(data: bytes) -> dict[str, Pixels]:
-        return images_from_bytes(data, wanted - found.keys())
+    def missing(data: bytes) -> dict[str, Pixels | None]:
+        images = images_from_bytes(data, wanted - found.keys())
+        return {name: _shown(image, differing) for name, image in images.items()}
 
     keys = deque(key for key in reversed(snapshot.files) if key.startswith("log/images/"))
     while keys and len(found) < len(wanted):
         some = [keys.popleft() for _ in range(min(len(keys), _READERS))]
         for key, images in _contents(store, some, missing):
             for name, pixels in (images or {}).items():
-                if content_hash(pixels) == name:
+                if pixels is not None:
                     found[name] = pixels
                 else:
                     _logger.warning("image %s in %s is damaged", name, key)
+    if differing:
+        _logger.warning(
+            "%d JPEGs, such as %s, do not decode here to the very pixels that were answered; "
+            "their writer may have another libjpeg",
+            len(differing),
+            differing[0],
+        )
     return found
+
+
+def _shown(image: CleanImage, differing: list[str]) -> Pixels | None:
+    """The pixels, unless they are damaged; `differing` gets the name of a JPEG with others."""
+    try:
+        pixels = image.pixels
+    except ValueError:
+        return None
+    if content_hash(pixels) == image.content_hash:
+        return pixels
+    if image.jpeg is None:
+        return None
+    differing.append(image.content_hash)  # Its bytes are whole: the file has their checksum.
+    return pixels
 
 
 def _read(store: Store, snapshot: Snapshot, stream: RowStream, record: type[T]) -> Rows[T]:

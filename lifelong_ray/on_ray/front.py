@@ -248,7 +248,7 @@ class Front:
                 audit=audit,
                 model_ms=answer.model_ms,
             ),
-            image.pixels,
+            image,
         )
         served = Served(request_id, answer, variant, audit)
         rollout = document.rollout
@@ -276,7 +276,7 @@ class Front:
             user=pseudonym(self._secrets.signing_key, user) if user else "",
             audit=request.audit,
         )
-        await self._in_thread(self.log.record_feedback, [row], {})
+        await self._in_thread(self.log.record_feedback, [row], ())
 
     async def record_example(self, sent: SentImage, label: str, user: str) -> str:
         """Record an operator's labelled image; durable when it returns its content hash.
@@ -296,8 +296,7 @@ class Front:
             user=pseudonym(self._secrets.signing_key, user) if user else "",
             audit=False,
         )
-        pixels = {image.content_hash: image.pixels}
-        await self._in_thread(self.log.record_feedback, [row], pixels)
+        await self._in_thread(self.log.record_feedback, [row], [image])
         return image.content_hash
 
     def status(self) -> dict[str, Any]:
@@ -383,7 +382,7 @@ class Front:
     # -- comparing, after the answer ---------------------------------------------------
 
     def _compare_later(self, document: ReleaseDocument, served: Served, image: CleanImage) -> None:
-        bytes_then = self._comparing_bytes + image.pixels.nbytes
+        bytes_then = self._comparing_bytes + image.size_bytes
         if (
             len(self._comparing) >= self._config.serving.shadow_queue
             or bytes_then > self._config.feedback.max_queue_bytes
@@ -396,7 +395,7 @@ class Front:
 
         def done(task: asyncio.Task[None]) -> None:
             self._comparing.discard(task)
-            self._comparing_bytes -= image.pixels.nbytes
+            self._comparing_bytes -= image.size_bytes
 
         task.add_done_callback(done)
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _END_S = 5.0
 _LENGTH_BYTES = 8
 _READ_AHEAD = 16 * 2**20  # Bytes taken in from the process before they are asked for.
-_Wire = tuple[bytes, str | None] | PreparedImage
+_Wire = tuple[bytes, str | None] | CleanImage | PreparedImage
 
 
 class ModelProcess:
@@ -103,8 +103,8 @@ class ModelProcess:
 
     def _wired(self, version: str, image: SentImage) -> _Wire:
         """What the process has to know: bytes to decode, or what came of pixels that are here."""
-        if image.data and not image.is_clean:
-            return image.data, image.content_type
+        if not image.is_decoded:
+            return image.clean() if image.is_clean else (image.data, image.content_type)
         model = self._loaded[version]
         return PreparedImage(
             image.content_hash, image.model_input(model.image_size, model.channels)
@@ -328,7 +328,7 @@ def _talk(line: BinaryIO, models: Models, limits: ImageConfig) -> None:
 def _answered(
     models: Models, limits: ImageConfig, version: str, sent: list[_Wire]
 ) -> list[tuple[VersionAnswer | Exception, CleanImage | None]]:
-    images = [one if isinstance(one, PreparedImage) else SentImage(*one, limits) for one in sent]
+    images = [_received(one, limits) for one in sent]
     found: list[tuple[VersionAnswer | Exception, CleanImage | None]] = []
     for answer, image in zip(models.answer(version, images), images, strict=True):
         if isinstance(answer, Exception):
@@ -336,6 +336,12 @@ def _answered(
         else:
             found.append((answer, image.clean() if isinstance(image, SentImage) else None))
     return found
+
+
+def _received(wired: _Wire, limits: ImageConfig) -> SentImage | PreparedImage:
+    if isinstance(wired, PreparedImage):
+        return wired
+    return SentImage.of(wired) if isinstance(wired, CleanImage) else SentImage(*wired, limits)
 
 
 def _sendable(error: Exception) -> Exception:

@@ -22,7 +22,7 @@ WRITER = """
 import sys, threading, time
 import numpy as np
 from lifelong_ray.config import FeedbackConfig
-from lifelong_ray.feedback import LogWriter, content_hash
+from lifelong_ray.feedback import CleanImage, LogWriter
 from lifelong_ray.storage import LocalStore
 from lifelong_ray.types import Feedback, Prediction
 
@@ -38,12 +38,13 @@ def work(thread):
         n += 1
         name = f"{run}-{thread}-{n}"
         pixels = np.frombuffer(name.ljust(48).encode(), np.uint8).reshape(4, 4, 3)
-        image = content_hash(pixels)
+        picture = CleanImage.of(pixels)
+        image = picture.content_hash
         writer.log_prediction(
             Prediction(name, time.time(), image, "c", (1.0,), ("c",), "v1", "stable", "", 1.0,
                        False, 1.0), None)
         row = Feedback(name, time.time(), "example", "label", "", image, "", False)
-        writer.record_feedback([row], {image: pixels})
+        writer.record_feedback([row], [picture])
         with lock:
             sys.stdout.write(f"{name} {image}\\n")
             sys.stdout.flush()
@@ -128,14 +129,15 @@ FULL_DISK = """
 import json, resource, signal, sys
 import numpy as np
 from lifelong_ray.config import FeedbackConfig
-from lifelong_ray.feedback import LogWriter, content_hash
+from lifelong_ray.feedback import CleanImage, LogWriter
 from lifelong_ray.storage import LocalStore
 from lifelong_ray.types import Feedback, Prediction, StorageFullError
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 writer = LogWriter(LocalStore(sys.argv[1]), FeedbackConfig(group_commit_s=0.001), "w")
 noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-name = content_hash(noise)
+picture = CleanImage.of(noise)
+name = picture.content_hash
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 def example(n):
@@ -144,18 +146,19 @@ def example(n):
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
 told = {}
 try:
-    writer.record_feedback([example(1)], {name: noise})
+    writer.record_feedback([example(1)], [picture])
 except StorageFullError as error:
     told["feedback"] = str(error)
 logged = writer.log_prediction(
-    Prediction("r1", 0.0, name, "c", (1.0,), ("c",), "v1", "stable", "", 1.0, False, 1.0), noise)
+    Prediction("r1", 0.0, name, "c", (1.0,), ("c",), "v1", "stable", "", 1.0, False, 1.0),
+    picture)
 try:
     writer.flush()
 except StorageFullError as error:
     told["prediction"] = str(error)
 told["logged"], told["queued"] = logged, writer.stats.queued_rows
 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-writer.record_feedback([example(2)], {name: noise})
+writer.record_feedback([example(2)], [picture])
 writer.close()
 told["queued_at_end"], told["dropped"] = writer.stats.queued_rows, writer.stats.dropped_predictions
 print(json.dumps(told))

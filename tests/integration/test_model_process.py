@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lifelong_ray.config import Config
 from lifelong_ray.feedback import SentImage, encode_png, load_secrets
@@ -332,6 +334,30 @@ def test_large_batches_go_there_and_back(
     assert all(isinstance(answer, VersionAnswer) for answer in answers)
     for image, pixels in zip(images, large, strict=True):
         assert np.array_equal(image.clean().pixels, pixels)
+
+
+def test_a_jpeg_comes_back_as_the_jpeg_and_is_asked_about_again_without_being_decoded_here(
+    config: Config, host: ModelProcess, ask: Ask
+) -> None:
+    host.load("v1")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "JPEG")
+    sent = SentImage(file.getvalue(), "image/jpeg", config.images)
+    before = SentImage(file.getvalue(), "image/jpeg", config.images)
+
+    (first,) = ask(host, [sent])
+    copy = SentImage.of(sent.clean())
+    (second,) = ask(host, [copy])
+
+    assert isinstance(first, VersionAnswer)
+    assert isinstance(second, VersionAnswer)
+    assert second.cached
+    assert second.probabilities == first.probabilities
+    assert not sent.is_decoded
+    assert not copy.is_decoded
+    assert sent.clean().jpeg == before.clean().jpeg == file.getvalue()
+    assert sent.clean().content_hash == before.clean().content_hash
 
 
 def test_a_version_whose_files_cannot_be_read_does_not_cost_the_others_their_process(

@@ -14,6 +14,7 @@ import pytest
 
 from lifelong_ray.config import FeedbackConfig, StoreConfig
 from lifelong_ray.feedback import (
+    CleanImage,
     LogTail,
     LogWriter,
     content_hash,
@@ -183,8 +184,8 @@ def test_the_log_is_written_and_read_on_s3(store: Store) -> None:
     writer.start()
 
     assert tail.poll() == []
-    writer.log_prediction(answer, pixels)
-    writer.record_feedback([label], {})
+    writer.log_prediction(answer, CleanImage.of(pixels))
+    writer.record_feedback([label], ())
     writer.close()
 
     snapshot = take_snapshot(store, now_s)
@@ -303,7 +304,7 @@ def test_feedback_whose_answer_is_lost_is_acknowledged_and_read_once(
     writer = LogWriter(store, FeedbackConfig(group_commit_s=0.001), "w")
     handler.lose_answers_to_puts = 1
 
-    writer.record_feedback([Feedback("f1", 0.0, "feedback", "x", "r1", "", "", False)], {})
+    writer.record_feedback([Feedback("f1", 0.0, "feedback", "x", "r1", "", "", False)], ())
 
     assert len(read_feedback(store, take_snapshot(store, 0.0)).rows) == 1
 

@@ -24,6 +24,7 @@ from lifelong_ray.cycle import (
 from lifelong_ray.datasets import LabelledImages
 from lifelong_ray.examples import import_examples
 from lifelong_ray.feedback import (
+    CleanImage,
     LogWriter,
     content_hash,
     is_holdout,
@@ -348,9 +349,9 @@ def test_users_votes_are_learned_but_never_held_out(store: MemoryStore) -> None:
             scores=(1.0, 0.0, 0.0, 0.0),
             class_names=OLD,
         )
-        writer.log_prediction(answer, pixels)
+        writer.log_prediction(answer, CleanImage.of(pixels))
         vote = a_label(f"r{number}", label, 1_700_000_100.0, user=f"user-{number}", audit=False)
-        writer.record_feedback([vote], {})
+        writer.record_feedback([vote], ())
     writer.close()
 
     report = update(store)

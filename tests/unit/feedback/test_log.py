@@ -1,18 +1,23 @@
 """The log's writer and readers: bounded, durable, each row once."""
 
+import io
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from lifelong_ray.config import FeedbackConfig
+from lifelong_ray.config import FeedbackConfig, ImageConfig
 from lifelong_ray.feedback import (
+    CleanImage,
     LogTail,
     LogWriter,
+    SentImage,
     Snapshot,
     content_hash,
+    decode_image,
     read_comparisons,
     read_feedback,
     read_images,
@@ -103,11 +108,11 @@ def comparison(n: int, at_s: float = NOON_S) -> Comparison:
 def test_rows_and_images_come_back_as_they_were(store: FailingStore, clock: Clock) -> None:
     writer = LogWriter(store, CONFIG, "front-1", clock)
 
-    assert writer.log_prediction(prediction(1), image(1))
+    assert writer.log_prediction(prediction(1), CleanImage.of(image(1)))
     assert writer.log_prediction(prediction(2), None)
     assert writer.log_comparison(comparison(1))
     writer.flush()
-    writer.record_feedback([vote(1)], {content_hash(image(3)): image(3)})
+    writer.record_feedback([vote(1)], [CleanImage.of(image(3))])
 
     snapshot = take_snapshot(store, NOON_S)
     assert read_predictions(store, snapshot).rows == (prediction(1), prediction(2))
@@ -119,10 +124,78 @@ def test_rows_and_images_come_back_as_they_were(store: FailingStore, clock: Cloc
     np.testing.assert_array_equal(images[hashes[0]], image(1))
 
 
+def sent_as_jpeg(seed: int) -> SentImage:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC).save(file, "JPEG")
+    return SentImage(file.getvalue(), "image/jpeg", ImageConfig())
+
+
+def test_a_jpeg_waits_and_is_stored_in_the_bytes_that_came(
+    store: FailingStore, clock: Clock
+) -> None:
+    writer = LogWriter(store, CONFIG, "w", clock)
+    sent, labelled = sent_as_jpeg(1), sent_as_jpeg(2)
+    pixels = decode_image(sent.data, None, ImageConfig())
+
+    writer.log_prediction(prediction(1, pixels), sent.clean())
+    queued = writer.stats.queued_bytes
+    writer.flush()
+    writer.record_feedback([vote(1)], [labelled.clean()])
+
+    assert queued < len(sent.data) + 1_000 < pixels.nbytes
+    stored = b"".join(store.read(key) for key in store.list("log/images/"))
+    assert sent.data in stored
+    assert labelled.data in stored
+    images = read_images(store, take_snapshot(store, NOON_S), [content_hash(pixels)])
+    np.testing.assert_array_equal(images[content_hash(pixels)], pixels)
+
+
+def test_a_jpeg_that_cannot_be_decoded_costs_only_itself(store: FailingStore, clock: Clock) -> None:
+    writer = LogWriter(store, CONFIG, "w", clock)
+    good, bad = sent_as_jpeg(1).clean(), CleanImage("0" * 64, b"no JPEG")
+    for n, image in enumerate((bad, good)):
+        writer.log_prediction(replace(prediction(n), content_hash=image.content_hash), image)
+    writer.flush()
+
+    images = read_images(store, take_snapshot(store, NOON_S), [good.content_hash, bad.content_hash])
+
+    assert images.keys() == {good.content_hash}
+    with pytest.raises(ValueError, match="damaged"):
+        writer.record_feedback([vote(1)], [bad])
+
+
+def test_a_jpeg_of_another_decoder_is_read_under_its_name_and_told_of(
+    store: FailingStore, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = LogWriter(store, CONFIG, "w", clock)
+    image = sent_as_jpeg(1).clean()
+    a_step_away = CleanImage.of(image.pixels ^ 1).content_hash
+    named = CleanImage(a_step_away, image.kept)
+    writer.log_prediction(replace(prediction(1), content_hash=a_step_away), named)
+    writer.flush()
+
+    images = read_images(store, take_snapshot(store, NOON_S), [a_step_away])
+
+    np.testing.assert_array_equal(images[a_step_away], image.pixels)
+    assert "1 JPEGs" in caplog.text
+    with pytest.raises(ValueError, match="another content hash"):
+        writer.record_feedback([vote(1)], [named])
+
+
+def test_pixels_under_another_name_are_damaged(store: FailingStore, clock: Clock) -> None:
+    writer = LogWriter(store, CONFIG, "w", clock)
+    named = CleanImage("0" * 64, image(1))
+    writer.log_prediction(replace(prediction(1), content_hash="0" * 64), named)
+    writer.flush()
+
+    assert read_images(store, take_snapshot(store, NOON_S), ["0" * 64]) == {}
+
+
 def test_files_are_filed_by_the_hour_of_writing(store: FailingStore, clock: Clock) -> None:
     writer = LogWriter(store, CONFIG, "front-1", clock)
 
-    writer.record_feedback([vote(1, at_s=0.0)], {})
+    writer.record_feedback([vote(1, at_s=0.0)], ())
 
     (key,) = store.list("log/")
     assert key.startswith("log/feedback/dt=2023-11-15/hour=12/front-1-")
@@ -142,8 +215,8 @@ def test_images_are_written_before_the_labels_that_refer_to_them(
     monkeypatch.setattr(store, "put_new", noted)
     writer = LogWriter(store, CONFIG, "w", clock)
 
-    writer.record_feedback([vote(1)], {content_hash(image(1)): image(1)})
-    writer.log_prediction(prediction(2), image(2))
+    writer.record_feedback([vote(1)], [CleanImage.of(image(1))])
+    writer.log_prediction(prediction(2), CleanImage.of(image(2)))
     writer.flush()
 
     assert [key.split("/")[1] for key in written] == [
@@ -158,10 +231,10 @@ def test_an_image_is_stored_once_per_writer(store: FailingStore, clock: Clock) -
     writer = LogWriter(store, CONFIG, "w", clock)
 
     for n in (1, 2):
-        writer.log_prediction(prediction(n, pixels=image(9)), image(9))
+        writer.log_prediction(prediction(n, pixels=image(9)), CleanImage.of(image(9)))
     writer.flush()
-    writer.log_prediction(prediction(3, pixels=image(9)), image(9))
-    writer.record_feedback([vote(1)], {content_hash(image(9)): image(9)})
+    writer.log_prediction(prediction(3, pixels=image(9)), CleanImage.of(image(9)))
+    writer.record_feedback([vote(1)], [CleanImage.of(image(9))])
     writer.flush()
 
     assert len(store.list("log/images/")) == 1
@@ -170,7 +243,7 @@ def test_an_image_is_stored_once_per_writer(store: FailingStore, clock: Clock) -
 def test_a_full_queue_drops_and_counts_but_never_waits(store: FailingStore, clock: Clock) -> None:
     writer = LogWriter(store, CONFIG.model_copy(update={"max_queue_bytes": 2_000}), "w", clock)
 
-    kept = [writer.log_prediction(prediction(n), image(n)) for n in range(10)]
+    kept = [writer.log_prediction(prediction(n), CleanImage.of(image(n))) for n in range(10)]
     compared = [writer.log_comparison(comparison(n)) for n in range(10)]
 
     stats = writer.stats
@@ -183,11 +256,11 @@ def test_a_full_queue_drops_and_counts_but_never_waits(store: FailingStore, cloc
 def test_predictions_wait_out_a_full_disk(store: FailingStore, clock: Clock) -> None:
     writer = LogWriter(store, CONFIG, "w", clock)
     store.error = StorageFullError("no space")
-    writer.log_prediction(prediction(1), image(1))
+    writer.log_prediction(prediction(1), CleanImage.of(image(1)))
 
     with pytest.raises(StorageFullError):
         writer.flush()
-    assert writer.log_prediction(prediction(2), image(2))
+    assert writer.log_prediction(prediction(2), CleanImage.of(image(2)))
     assert writer.stats.queued_rows == 2
     assert writer.stats.failed_flushes == 1
     store.error = None
@@ -285,9 +358,9 @@ def test_feedback_that_could_not_be_written_is_an_error_for_its_sender(
     store.error = StorageFullError("no space")
 
     with pytest.raises(StorageFullError):
-        writer.record_feedback([vote(1)], {content_hash(image(1)): image(1)})
+        writer.record_feedback([vote(1)], [CleanImage.of(image(1))])
     store.error = None
-    writer.record_feedback([vote(2)], {content_hash(image(1)): image(1)})
+    writer.record_feedback([vote(2)], [CleanImage.of(image(1))])
 
     snapshot = take_snapshot(store, NOON_S)
     assert [row.feedback_id for row in read_feedback(store, snapshot).rows] == ["feedback-2"]
@@ -297,7 +370,7 @@ def test_feedback_that_could_not_be_written_is_an_error_for_its_sender(
 def test_feedback_of_many_threads_is_committed_together(store: FailingStore, clock: Clock) -> None:
     writer = LogWriter(store, CONFIG.model_copy(update={"group_commit_s": 0.05}), "w", clock)
     threads = [
-        threading.Thread(target=writer.record_feedback, args=([vote(n)], {})) for n in range(20)
+        threading.Thread(target=writer.record_feedback, args=([vote(n)], ())) for n in range(20)
     ]
 
     for thread in threads:
@@ -313,11 +386,11 @@ def test_a_malformed_row_fails_its_own_sender_only(store: FailingStore, clock: C
     writer = LogWriter(store, CONFIG, "w", clock)
 
     with pytest.raises(ValueError, match="surrogates"):
-        writer.record_feedback([replace(vote(1), label="\ud800")], {})
+        writer.record_feedback([replace(vote(1), label="\ud800")], ())
     with pytest.raises(ValueError, match="another content hash"):
-        writer.record_feedback([vote(1)], {"0" * 64: image(1)})
+        writer.record_feedback([vote(1)], [CleanImage("0" * 64, image(1))])
 
-    writer.record_feedback([], {})
+    writer.record_feedback([], ())
     assert store.attempts == 0
 
 
@@ -346,9 +419,9 @@ def test_a_snapshot_is_named_by_its_files_and_survives_as_json(
     store: FailingStore, clock: Clock
 ) -> None:
     writer = LogWriter(store, CONFIG, "w", clock)
-    writer.record_feedback([vote(1)], {})
+    writer.record_feedback([vote(1)], ())
     first = take_snapshot(store, NOON_S)
-    writer.record_feedback([vote(2)], {})
+    writer.record_feedback([vote(2)], ())
 
     assert take_snapshot(store, 1.0).snapshot_id != first.snapshot_id
     assert Snapshot.from_bytes(first.to_bytes()) == first
@@ -356,7 +429,7 @@ def test_a_snapshot_is_named_by_its_files_and_survives_as_json(
 
 
 def test_an_altered_snapshot_is_refused(store: FailingStore, clock: Clock) -> None:
-    LogWriter(store, CONFIG, "w", clock).record_feedback([vote(1)], {})
+    LogWriter(store, CONFIG, "w", clock).record_feedback([vote(1)], ())
     data = take_snapshot(store, NOON_S).to_bytes()
 
     for bad in (data.replace(b"hour=12", b"hour=13"), data[:-5], b"[]"):
@@ -366,7 +439,7 @@ def test_an_altered_snapshot_is_refused(store: FailingStore, clock: Clock) -> No
 
 def test_rows_that_were_written_twice_are_read_once(store: FailingStore, clock: Clock) -> None:
     for name in ("one", "two"):
-        LogWriter(store, CONFIG, name, clock).record_feedback([vote(1)], {})
+        LogWriter(store, CONFIG, name, clock).record_feedback([vote(1)], ())
     tail = LogTail(store, "feedback", NOON_S, clock)
 
     assert read_feedback(store, take_snapshot(store, NOON_S)).rows == (vote(1),)
@@ -374,7 +447,7 @@ def test_rows_that_were_written_twice_are_read_once(store: FailingStore, clock: 
 
 
 def test_a_file_cut_anywhere_is_skipped_and_counted(store: FailingStore, clock: Clock) -> None:
-    LogWriter(store, CONFIG, "w", clock).record_feedback([vote(1)], {})
+    LogWriter(store, CONFIG, "w", clock).record_feedback([vote(1)], ())
     (key,) = store.list("log/feedback/")
     whole = store.read(key)
     path = Path(store.url) / key
@@ -386,7 +459,7 @@ def test_a_file_cut_anywhere_is_skipped_and_counted(store: FailingStore, clock: 
 
 
 def test_a_flipped_bit_never_becomes_another_row(store: FailingStore, clock: Clock) -> None:
-    LogWriter(store, CONFIG, "w", clock).record_feedback([vote(1)], {})
+    LogWriter(store, CONFIG, "w", clock).record_feedback([vote(1)], ())
     (key,) = store.list("log/feedback/")
     whole = store.read(key)
     path = Path(store.url) / key
@@ -402,7 +475,7 @@ def test_an_erased_or_damaged_file_costs_only_its_own_rows(
 ) -> None:
     writer = LogWriter(store, CONFIG, "w", clock)
     for n in (1, 2, 3):
-        writer.record_feedback([vote(n)], {content_hash(image(n)): image(n)})
+        writer.record_feedback([vote(n)], [CleanImage.of(image(n))])
     snapshot = take_snapshot(store, NOON_S)
     store.delete(store.list("log/feedback/")[0])
     damaged = Path(store.url) / store.list("log/images/")[0]
@@ -419,7 +492,7 @@ def test_an_erased_or_damaged_file_costs_only_its_own_rows(
 def test_a_store_that_cannot_be_read_is_not_an_empty_log(
     store: FailingStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    LogWriter(store, CONFIG, "w", clock).record_feedback([vote(1)], {})
+    LogWriter(store, CONFIG, "w", clock).record_feedback([vote(1)], ())
     snapshot = take_snapshot(store, NOON_S)
     tail = LogTail(store, "feedback", NOON_S, clock)
 
@@ -447,7 +520,7 @@ def test_a_tail_returns_every_row_once_as_it_arrives(store: FailingStore, clock:
     seen = []
     for n in range(6):
         clock.now_s += HOUR_S / 2
-        writer.record_feedback([vote(n, at_s=clock.now_s)], {})
+        writer.record_feedback([vote(n, at_s=clock.now_s)], ())
         seen += tail.poll()
         assert tail.poll() == []
 
@@ -459,10 +532,10 @@ def test_a_fresh_tail_returns_everything_since_its_start(
     store: FailingStore, clock: Clock, age_hours: int
 ) -> None:
     writer = LogWriter(store, CONFIG, "w", clock)
-    writer.record_feedback([vote(1, at_s=NOON_S - 1)], {})
-    writer.record_feedback([vote(2, at_s=NOON_S)], {})
+    writer.record_feedback([vote(1, at_s=NOON_S - 1)], ())
+    writer.record_feedback([vote(2, at_s=NOON_S)], ())
     clock.now_s += age_hours * HOUR_S
-    writer.record_feedback([vote(3, at_s=clock.now_s)], {})
+    writer.record_feedback([vote(3, at_s=clock.now_s)], ())
 
     rows = LogTail(store, "feedback", NOON_S, clock).poll()
 
@@ -477,7 +550,7 @@ def test_a_tail_sees_files_of_clocks_that_run_ahead_or_behind(
 
     for n, skew_s in enumerate((-HOUR_S, HOUR_S)):
         writer = LogWriter(store, CONFIG, f"w{n}", Clock(NOON_S + skew_s))
-        writer.record_feedback([vote(n)], {})
+        writer.record_feedback([vote(n)], ())
 
     assert len(tail.poll()) == 2
 
@@ -502,7 +575,7 @@ def test_a_tail_lists_only_the_hours_where_files_may_arrive(
 
 
 def test_a_tail_skips_and_counts_a_damaged_file(store: FailingStore, clock: Clock) -> None:
-    LogWriter(store, CONFIG, "w", clock).record_feedback([vote(1)], {})
+    LogWriter(store, CONFIG, "w", clock).record_feedback([vote(1)], ())
     (key,) = store.list("log/feedback/")
     store.delete(key)
     store.put_new(key, b"PAR1 but not much more")

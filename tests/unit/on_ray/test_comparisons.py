@@ -50,7 +50,7 @@ def store() -> MemoryStore:
         for row in rows:
             log.log_comparison(row)
         log.flush()
-        log.record_feedback([a_label(rows[0].request_id, "cat", at_s)], {})
+        log.record_feedback([a_label(rows[0].request_id, "cat", at_s)], ())
     return store
 
 

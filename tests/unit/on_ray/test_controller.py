@@ -126,7 +126,7 @@ class Stage:
             if label is not None:
                 votes.append(a_label(request_id, label, self.now_s, audit=audit))
         self.log.flush()
-        self.log.record_feedback(votes, {})
+        self.log.record_feedback(votes, ())
 
     def history(self) -> list[str]:
         return [event.what for event in self.desk.audit_trail()]
@@ -383,7 +383,7 @@ def label_answers(stage: Stage, version: str, variant: str, *, right: int, wrong
     for number in range(right + wrong):
         request_id = ids.issue(stage.now_s, version, variant, "boot", audit=True)
         votes.append(a_label(request_id, "boot" if number < right else "shoe", stage.now_s))
-    stage.log.record_feedback(votes, {})
+    stage.log.record_feedback(votes, ())
 
 
 def start_experiment(stage: Stage, **more: Any) -> None:
@@ -429,7 +429,7 @@ def test_answers_before_the_weights_took_effect_and_chosen_ones_tell_nothing(sta
     stage.tick(controller, times=2)
     chosen = RequestIds(b"k" * 32).issue(stage.now_s, "v1.1", "v1.1", "boot", True, chosen=True)
     vote = Feedback("f", stage.now_s, "feedback", "shoe", chosen, "", "", True)
-    stage.log.record_feedback([vote], {})
+    stage.log.record_feedback([vote], ())
     label_answers(stage, "v1", "stable", right=3, wrong=0)
     stage.ask("end_experiment")
     stage.tick(controller)

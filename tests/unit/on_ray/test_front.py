@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lifelong_ray.feedback import (
     CleanImage,
     RequestIds,
     SentImage,
     content_hash,
-    decode_image,
-    decode_png,
     encode_png,
     read_images,
     read_predictions,
@@ -196,21 +195,23 @@ def test_bytes_are_decoded_within_the_configured_limits_off_the_event_loop(
     store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: set[int] = set()
+    opened = Image.open
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **options: Any) -> Any:
         threads.add(threading.get_ident())
-        return decode_image(*args)
+        return opened(*args, **options)
 
-    monkeypatch.setattr("lifelong_ray.feedback.images.decode_image", watched)
+    monkeypatch.setattr(Image, "open", watched)
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 1), dtype=np.uint8)
-    large, small = encode_png(noise), encode_png(IMAGES["low"])
+    names = {encode_png(pixels): content_hash(pixels) for pixels in (IMAGES["low"], noise)}
+    small, large = names
     assert len(large) > 32_768 > len(small)
 
     async def play(scene: Scene) -> None:
-        for png in (small, large):
+        for png, name in names.items():
             sent = scene.front.sent(png, "image/png")
             assert (await scene.front.answer(sent, key="k")).answer.version == "v1"
-            assert sent.clean().content_hash == content_hash(decode_png(png))
+            assert sent.clean().content_hash == name
         for bad, code in ((b"no image", "not_an_image"), (large[:5_000], "truncated_image")):
             with pytest.raises(BadImageError) as raised:
                 await scene.front.answer(scene.front.sent(bad, None), key="k")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from lifelong_ray.feedback import read_comparisons, take_snapshot
+from lifelong_ray.feedback import CleanImage, read_comparisons, read_images, take_snapshot
+from lifelong_ray.on_ray.models import VersionAnswer
 from lifelong_ray.types import OverloadedError
 from tests.fakes import MemoryStore
-from tests.unit.on_ray.scene import Scene, rollout_of, run
+from tests.unit.on_ray.scene import Scene, candidates_answer, predictions_in, rollout_of, run
 from tests.unit.on_ray.world import CLASSES, FakeSlot, add_version, settings, until
 
 
@@ -87,6 +91,35 @@ def test_without_a_rollout_nothing_is_compared(store: MemoryStore) -> None:
 
 
 # -- what is dropped -----------------------------------------------------------------------
+
+
+def test_a_jpeg_is_copied_and_logged_as_the_jpeg_that_came(store: MemoryStore) -> None:
+    add_version(store)
+    copies: list[CleanImage] = []
+
+    def noting(version: str, image: CleanImage) -> VersionAnswer:
+        copies.append(image)
+        return candidates_answer(version, image)
+
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "JPEG")
+    jpeg = file.getvalue()
+
+    async def play(scene: Scene) -> None:
+        await scene.change(rollout=rollout_of("v1.1", shadow=1.0))
+        await scene.front.answer(scene.front.sent(jpeg + b"home", "image/jpeg"), key="k")
+        await scene.logged(1)
+
+    run(play, store, slot=FakeSlot(noting))
+
+    assert [copy.jpeg for copy in copies] == [jpeg]
+    name = copies[0].content_hash
+    assert [row.content_hash for row in predictions_in(store)] == [name]
+    stored = b"".join(store.read(key) for key in store.list("log/images/"))
+    assert jpeg in stored
+    assert b"home" not in stored
+    assert (read_images(store, take_snapshot(store, 0.0), [name])[name] == copies[0].pixels).all()
 
 
 @pytest.mark.parametrize(
