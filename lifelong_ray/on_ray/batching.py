@@ -74,20 +74,27 @@ class Batcher(Generic[Q, A]):
         while tasks := [*self._under_way, *filter(None, [self._gathering])]:
             await asyncio.wait(tasks)
 
-    def _go_on(self) -> None:
+    def _go_on(self, *, others_may_come: bool = True) -> None:
         """Begin with what is waiting, if it is time."""
         if not self._waiting or self._gathering is not None:
             return
         if not self._under_way:
-            self._gathering = asyncio.create_task(self._gather())
+            if others_may_come or self._wait_for_others_s():
+                self._gathering = asyncio.create_task(self._gather())
+            else:
+                self._begin()
         elif len(self._under_way) == 1 and self._last_s <= _LONGEST_AHEAD_S:
             [size] = self._under_way.values()
             if len(self._waiting) >= size:
                 self._begin()
 
-    async def _gather(self) -> None:
+    def _wait_for_others_s(self) -> float:
         wait_s = min(self._wait_s, _WAITING_SHARE * self._last_s)
-        if len(self._waiting) < self._max_batch and wait_s >= _LEAST_WAIT_S:
+        is_full = len(self._waiting) >= self._max_batch
+        return 0.0 if is_full or wait_s < _LEAST_WAIT_S else wait_s
+
+    async def _gather(self) -> None:
+        if wait_s := self._wait_for_others_s():
             await asyncio.sleep(wait_s)
         self._gathering = None
         self._begin()
@@ -102,8 +109,7 @@ class Batcher(Generic[Q, A]):
             task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        del self._under_way[task]
-        self._go_on()
+        self._under_way.pop(task, None)
 
     def _drop_given_up(self) -> None:
         """Give the places of those who do not wait any more to those who do."""
@@ -119,6 +125,10 @@ class Batcher(Generic[Q, A]):
         now_s = perf_counter()
         self._last_s = now_s - max(began_s, self._ended_s)
         self._ended_s = now_s
+        if (me := asyncio.current_task()) is not None:
+            self._done(me)
+        # Before those are told whose answers are here: their work would hold up the next batch.
+        self._go_on(others_may_come=False)
         for answer, (_, future) in zip(answers, batch, strict=True):
             if future.done():
                 continue
