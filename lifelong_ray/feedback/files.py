@@ -93,9 +93,9 @@ def rows_from_bytes(data: bytes, record: type[T]) -> Iterator[T]:
 def images_to_bytes(images: Sequence[CleanImage]) -> bytes:
     """Serialise images.
 
-    A JPEG is stored as it is kept (benchmarks/kept_jpegs.py). Of other images every row of pixels is
-    stored less the row above it, which is mostly near zero, and compressed with the file: about as
-    small as PNG, in less than a tenth of the time to write it (benchmarks/image_log.py).
+    A JPEG is stored as it is kept (benchmarks/kept_jpegs.py). Of other images every row of pixels
+    is stored less the row above it, which is mostly near zero, and compressed with the file: about
+    as small as PNG, in less than a tenth of the time to write it (benchmarks/image_log.py).
     """
     rows = [_image_row(image) for image in images]
     columns = {name: [row.get(name) for row in rows] for name in _IMAGES.names}
