@@ -120,8 +120,8 @@ class LogWriter:
         self._waiting: list[_Batch] = []
         self._closed = False
         self._commit_lock = threading.Lock()  # one feedback commit at a time
-        self._flush_lock = threading.Lock()  # one flush at a time; guards _retry
-        self._retry: _Chunk | None = None
+        self._flush_lock = threading.Lock()  # one flush at a time; guards _prepared
+        self._prepared: _Chunk | None = None
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -192,10 +192,16 @@ class LogWriter:
             StorageError: If the store refused; rows stay queued and are tried again.
         """
         with self._flush_lock:
-            while (chunk := self._retry or self._next_chunk()) is not None:
-                self._retry = chunk
-                self._write(chunk)
-                self._retry = None
+            self._write_prepared()
+            # What comes meanwhile waits for the next flush: each round would find a little more,
+            # and write ever smaller files without end.
+            with self._lock:
+                left = len(self._queue)
+            while left > 0:
+                rows = self._take(left)
+                left -= len(rows)
+                self._prepared = self._serialised(rows)
+                self._write_prepared()
 
     def close(self) -> None:
         """Write what is queued and stop. What the store refuses now is dropped and counted."""
@@ -210,8 +216,8 @@ class LogWriter:
             self.flush()
         except StorageError:
             with self._flush_lock, self._lock:
-                lost = [*(self._retry.rows if self._retry else ()), *self._queue]
-                self._retry = None
+                lost = [*(self._prepared.rows if self._prepared else ()), *self._queue]
+                self._prepared = None
                 self._queue.clear()
                 self._forget(lost, dropped=True)
             _logger.exception("log writer %s lost %d rows at its end", self._writer_id, len(lost))
@@ -253,22 +259,22 @@ class LogWriter:
                 _logger.warning("log writer %s keeps its rows: %s", self._writer_id, error)
                 self._closing.wait(self._config.flush_interval_s)
 
-    def _next_chunk(self) -> _Chunk | None:
-        """Take rows off the queue and serialise them."""
+    def _take(self, most: int) -> list[_Queued]:
+        """Take the rows of one file off the queue, at most so many."""
+        most = min(most, self._config.flush_rows)
         rows: list[_Queued] = []
         size = 0
         with self._lock:
-            while self._queue and len(rows) < self._config.flush_rows and size < _FILE_BYTES:
+            while self._queue and len(rows) < most and size < _FILE_BYTES:
                 rows.append(self._queue.popleft())
                 size += rows[-1].size_bytes
-            known = set(self._stored_hashes)
-        if not rows:
-            return None
-        fresh = {
-            item.image.content_hash: item.image
-            for item in rows
-            if item.image is not None and item.image.content_hash not in known
-        }
+        return rows
+
+    def _serialised(self, rows: list[_Queued]) -> _Chunk | None:
+        """Return rows as files; None if one is malformed, and all of them are dropped."""
+        images = {item.image.content_hash: item.image for item in rows if item.image is not None}
+        with self._lock:
+            fresh = {n: image for n, image in images.items() if n not in self._stored_hashes}
         now_s = self._clock()
         try:
             files = self._files(
@@ -284,8 +290,13 @@ class LogWriter:
             _logger.exception("log writer %s dropped %d malformed rows", self._writer_id, len(rows))
             with self._lock:
                 self._forget(rows, dropped=True)
-            return self._next_chunk()
+            return None
         return _Chunk(now_s, rows, files, list(fresh))
+
+    def _write_prepared(self) -> None:
+        if self._prepared is not None:
+            self._write(self._prepared)
+            self._prepared = None
 
     def _write(self, chunk: _Chunk) -> None:
         now_s = self._clock()

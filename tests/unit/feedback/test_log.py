@@ -240,6 +240,29 @@ def test_an_image_is_stored_once_per_writer(store: FailingStore, clock: Clock) -
     assert len(store.list("log/images/")) == 1
 
 
+def test_rows_that_come_while_a_file_is_written_wait_for_the_next_flush(
+    store: FailingStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = LogWriter(store, CONFIG, "w", clock)
+    coming = iter(range(2, 100))
+    put_new = store.put_new
+
+    def put_and_log_another(key: str, data: bytes) -> None:
+        put_new(key, data)
+        for n in [next(coming), next(coming)]:
+            writer.log_prediction(prediction(n), None)
+
+    monkeypatch.setattr(store, "put_new", put_and_log_another)
+    writer.log_prediction(prediction(1), None)
+
+    writer.flush()
+    writer.flush()
+
+    assert len(store.list("log/predictions/")) == 2
+    assert writer.stats.written_rows == 3
+    assert writer.stats.queued_rows == 2
+
+
 def test_a_full_queue_drops_and_counts_but_never_waits(store: FailingStore, clock: Clock) -> None:
     writer = LogWriter(store, CONFIG.model_copy(update={"max_queue_bytes": 2_000}), "w", clock)
 
