@@ -1,7 +1,10 @@
 """Request ids prove what was answered, and nothing else does."""
 
 import json
+import os
 import uuid
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -39,6 +42,30 @@ def test_an_id_proves_what_was_answered(
     assert set(request_id) <= set(
         "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
     )
+
+
+def test_no_two_threads_get_the_same_id() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        drawn = list(pool.map(lambda _: str(uuid7(0.0)), range(20_000)))
+
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_a_forked_process_draws_other_ids() -> None:
+    uuid7(0.0)
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        child = os.fork()
+    if child == 0:
+        os.write(writing, uuid7(0.0).bytes)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+    assert os.read(reading, 16) != uuid7(0.0).bytes
+
+    os.close(reading)
+    os.close(writing)
 
 
 @given(data=st.data())
