@@ -23,6 +23,7 @@ from lifelong_ray.config import Config
 from lifelong_ray.cycle import CycleReport, run_base, run_update
 from lifelong_ray.examples import arrays_of
 from lifelong_ray.feedback import (
+    CleanImage,
     LogWriter,
     Secrets,
     content_hash,
@@ -220,13 +221,12 @@ def label_examples(app: App, num_per_class: int) -> None:
     """Write an operator's labelled images into the log."""
     log = LogWriter(app.store, app.config.feedback, "operator", time.time)
     log.start()
-    rows, pixels = [], {}
+    rows, kept = [], []
     images = make_images(num_per_class, seed=5)
     for image, label in zip(images.images, images.labels, strict=True):
-        name = content_hash(image)
-        pixels[name] = image
-        rows.append(example_row(name, label))
-    log.record_feedback(rows, pixels)
+        kept.append(CleanImage.of(image))
+        rows.append(example_row(kept[-1].content_hash, label))
+    log.record_feedback(rows, kept)
     log.close()
 
 
