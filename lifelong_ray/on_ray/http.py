@@ -158,7 +158,9 @@ ASKER_PARAMETERS: dict[str, Any] = {
 """What OpenAPI tells of the headers that `asker_of` reads."""
 
 
-async def read_uploads(request: Request, *, field: str, max_bytes: int) -> UploadForm:
+async def read_uploads(
+    request: Request, *, field: str, max_bytes: int, max_images: int = 1
+) -> UploadForm:
     """Read images from a raw body or from the multipart field `field`.
 
     The body is cut off as soon as it exceeds `max_bytes`, whatever its headers claim, or comes too
@@ -166,11 +168,12 @@ async def read_uploads(request: Request, *, field: str, max_bytes: int) -> Uploa
 
     Raises:
         BadImageError: If the body is too large.
-        RequestError: If it comes too slowly, or is multipart and malformed or lacks the field.
+        RequestError: If it comes too slowly, or is multipart and malformed, lacks the field or
+            has it more than `max_images` times.
     """
     bounded = Request(request.scope, _bounded_receive(request, max_bytes))
     content_type = request.headers.get("content-type", "")
-    if not content_type.startswith("multipart/form-data"):
+    if not content_type.lower().startswith("multipart/form-data"):
         return UploadForm((Upload(await bounded.body(), content_type or None),), {})
     try:
         async with bounded.form(max_part_size=max_bytes) as form:
@@ -188,6 +191,12 @@ async def read_uploads(request: Request, *, field: str, max_bytes: int) -> Uploa
     if not images:
         raise RequestError(
             400, "missing_image", f"the multipart body has no field {field!r} with an image"
+        )
+    if len(images) > max_images:
+        raise RequestError(
+            413,
+            "too_many_images",
+            f"{len(images)} images in the field {field!r} of one request; at most {max_images}",
         )
     return UploadForm(tuple(images), fields)
 

@@ -138,11 +138,15 @@ class Slot:
 
     async def ask_together(
         self, version: str, images: list[CleanImage]
-    ) -> list[VersionAnswer | BaseException]:
+    ) -> list[VersionAnswer | Exception]:
         """Answer several images, or say for each what is wrong."""
-        return await asyncio.gather(
+        answers = await asyncio.gather(
             *(self.ask(version, image) for image in images), return_exceptions=True
         )
+        return [
+            answer if isinstance(answer, VersionAnswer | Exception) else RuntimeError(repr(answer))
+            for answer in answers
+        ]
 
     async def ping(self) -> None:
         """Give a sign of life, whatever the models do."""
@@ -277,7 +281,12 @@ class FrontDeployment:
     async def batch_predict(self, request: Request) -> Response:
         """Classify several multipart ``images``; a bad one gets its own error entry."""
         asker = asker_of(request)
-        form = await read_uploads(request, field="images", max_bytes=self._config.images.max_bytes)
+        form = await read_uploads(
+            request,
+            field="images",
+            max_bytes=self._config.images.max_bytes,
+            max_images=self._config.serving.max_queue,
+        )
 
         async def one(upload: Upload) -> dict[str, Any]:
             try:

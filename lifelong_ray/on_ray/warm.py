@@ -19,7 +19,7 @@ from lifelong_ray.config import Precision, ServingConfig
 from lifelong_ray.feedback import SentImage
 from lifelong_ray.on_ray.batching import Batcher
 from lifelong_ray.on_ray.models import Loaded, ModelHost, VersionAnswer
-from lifelong_ray.types import ModelHostGoneError
+from lifelong_ray.types import ModelHostGoneError, OverloadedError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class WarmVersion:
         model: What it takes and gives.
         batcher: Where its images wait.
         preparing: Where large ones are made ready for that.
+        max_waiting: Beyond so many images a large one is refused.
         waiting: One object for each answer that somebody waits for.
     """
 
@@ -45,6 +46,7 @@ class WarmVersion:
     model: Loaded
     batcher: Batcher[SentImage, VersionAnswer]
     preparing: Executor
+    max_waiting: int
     waiting: set[object] = field(default_factory=set)
 
     async def answer(self, image: SentImage) -> VersionAnswer:
@@ -69,6 +71,10 @@ class WarmVersion:
 
     async def _answer(self, image: SentImage) -> VersionAnswer:
         if not image.is_quick:
+            if len(self.waiting) > self.max_waiting:
+                raise OverloadedError(
+                    f"{self.max_waiting} images are waiting; try again in a second"
+                )
             # Not in its batch, which others share.
             await asyncio.get_running_loop().run_in_executor(
                 self.preparing, image.model_input, self.model.image_size, self.model.channels
@@ -185,6 +191,7 @@ class WarmVersions:
                     max_queue=self._config.max_queue,
                 ),
                 self._preparing,
+                self._config.max_queue,
             )
             self.failures.pop(version, None)
             self._num_deaths.pop(version, None)

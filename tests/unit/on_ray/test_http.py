@@ -49,7 +49,7 @@ def make_app() -> FastAPI:
 
     @app.post("/upload")
     async def upload(request: Request) -> dict[str, Any]:
-        form = await read_uploads(request, field="image", max_bytes=MAX_BYTES)
+        form = await read_uploads(request, field="image", max_bytes=MAX_BYTES, max_images=2)
         return {
             "images": [[len(image.data), image.content_type] for image in form.images],
             "fields": dict(form.fields),
@@ -125,6 +125,29 @@ def test_multipart_images_keep_their_order_and_the_fields_stay_beside() -> None:
         "images": [[1, "image/png"], [2, "image/bmp"]],
         "fields": {"label": "boot"},
     }
+
+
+def test_more_images_than_may_ever_wait_are_refused_for_good() -> None:
+    files = [("image", (str(n), b"1", "image/png")) for n in range(3)]
+
+    response = call("POST", "/upload", files=files)
+
+    assert response.status_code == 413
+    assert error_of(response)["code"] == "too_many_images"
+    assert "retry-after" not in response.headers
+
+
+def test_the_content_type_of_a_form_may_be_written_in_capitals() -> None:
+    body = b'--b\r\ncontent-disposition: form-data; name="image"\r\n\r\nabc\r\n--b--\r\n'
+
+    response = call(
+        "POST",
+        "/upload",
+        content=body,
+        headers={"content-type": "Multipart/Form-Data; boundary=b"},
+    )
+
+    assert [size for size, _ in response.json()["images"]] == [3]
 
 
 def test_a_body_of_exactly_the_limit_is_taken() -> None:

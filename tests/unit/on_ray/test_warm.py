@@ -17,7 +17,7 @@ from lifelong_ray.on_ray import models
 from lifelong_ray.on_ray.models import Loaded, Models, ModelThread, VersionAnswer
 from lifelong_ray.on_ray.warm import WarmVersions
 from lifelong_ray.release import Registry
-from lifelong_ray.types import LearningError, ModelHostGoneError
+from lifelong_ray.types import LearningError, ModelHostGoneError, OverloadedError
 from tests.fakes import MemoryStore
 from tests.unit.on_ray.world import settings, train_base, until
 
@@ -216,6 +216,27 @@ def test_a_large_image_is_still_answered_by_a_version_that_goes_while_it_is_deco
         return await asked
 
     assert asyncio.run(play()).version == "v1"
+
+
+def test_large_images_wait_in_a_bounded_queue_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_decode = threading.Event()
+    large = SentImage(b"x" * 1_000_000, None, settings().images)
+    monkeypatch.setattr(SentImage, "model_input", lambda *_: may_decode.wait(10))
+
+    async def play() -> list[object]:
+        warmed = WarmVersions(
+            FakeHost(), settings(serving={"max_queue": 5}).serving, now_s=lambda: 0.0
+        )
+        warmed.hold({"v1"})
+        await warmed.settled()
+        asked = [asyncio.create_task(warmed.get("v1").answer(large)) for _ in range(8)]
+        await asyncio.sleep(0.02)
+        refused = [task for task in asked if task.done()]
+        may_decode.set()
+        await asyncio.gather(*asked, return_exceptions=True)
+        return [task.exception() for task in refused]
+
+    assert [type(error) for error in asyncio.run(play())] == [OverloadedError] * 3
 
 
 def test_a_version_that_comes_and_goes_quickly_is_forgotten_once_nobody_wants_it(
