@@ -129,10 +129,15 @@ class Batcher(Generic[Q, A]):
             self._done(me)
         # Before those are told whose answers are here: their work would hold up the next batch.
         self._go_on(others_may_come=False)
-        for answer, (_, future) in zip(answers, batch, strict=True):
-            if future.done():
-                continue
-            if isinstance(answer, Exception):
-                future.set_exception(answer)
-            else:
-                future.set_result(answer)
+        tell([future for _, future in batch], answers)
+
+
+def tell(futures: Sequence[asyncio.Future[A]], answers: Sequence[A | Exception]) -> None:
+    """Give everyone who still waits the answer, or what came in place of it."""
+    for future, answer in zip(futures, answers, strict=True):
+        if future.done():
+            continue
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)

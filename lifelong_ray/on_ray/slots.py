@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Sequence
 from typing import Protocol, TypeVar
 
 from lifelong_ray.feedback import CleanImage
+from lifelong_ray.on_ray.batching import tell
 from lifelong_ray.on_ray.models import VersionAnswer
 from lifelong_ray.types import ModelHostGoneError
 
@@ -101,13 +102,7 @@ class Copies:
             await asyncio.sleep(_GATHERING_S)
             version, taken = self._take()
             answers = await self._call(version, [image for image, _ in taken])
-            for answer, (_, future) in zip(answers, taken, strict=True):
-                if future.done():
-                    continue
-                if isinstance(answer, Exception):
-                    future.set_exception(answer)
-                else:
-                    future.set_result(answer)
+            tell([future for _, future in taken], answers)
 
     def _take(self) -> tuple[str, list[tuple[CleanImage, asyncio.Future[VersionAnswer]]]]:
         """Take as many as a call carries, all for one version, from those that wait."""
